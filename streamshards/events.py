@@ -1,0 +1,110 @@
+"""What happened: frozen event values, the observer that receives them, and counters.
+
+Every retry, skip, refill and slow read is one event, one counter and (skips: errors, the rest: warnings) one line
+in the ``streamshards`` logger. The library never configures logging and never prints.
+"""
+
+from __future__ import annotations
+
+import logging
+import threading
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Final
+
+import torch
+
+logger: Final = logging.getLogger("streamshards")
+
+
+@dataclass(frozen=True, slots=True)
+class FetchRetried:
+    """A request failed and will be tried again."""
+
+    url: str
+    attempt: int
+    wait_s: float
+    cause: str
+
+    def __str__(self) -> str:
+        return f"{self.url}: attempt {self.attempt} failed, next in {self.wait_s:.1f} s: {self.cause}"
+
+
+@dataclass(frozen=True, slots=True)
+class ShardSkipped:
+    """A shard is lost for this epoch; its rows' places are refilled from others."""
+
+    url: str
+    shard: int
+    rows: int
+    cause: str
+
+    def __str__(self) -> str:
+        return f"{self.url}: shard {self.shard} skipped, {self.rows:,} rows refilled from its block: {self.cause}"
+
+
+@dataclass(frozen=True, slots=True)
+class ReadSlow:
+    """The training loop has been waiting for a batch."""
+
+    url: str
+    waited_s: float
+    waiting_for: str
+
+    def __str__(self) -> str:
+        return f"{self.url}: waited {self.waited_s:.0f} s for {self.waiting_for}"
+
+
+Event = FetchRetried | ShardSkipped | ReadSlow
+Observer = Callable[[Event], None]
+"""Receives each event, on the thread where it happened; must be quick and must not raise."""
+
+COUNTERS: Final = (
+    "samples", "batches", "shards_read", "bytes_read", "bytes_decoded",
+    "retries", "shards_skipped", "rows_skipped", "slow_reads",
+    "wait_ns", "fetch_ns", "decode_ns", "gather_ns",
+)  # fmt: skip
+"""What is counted, in the order of a ``Counters`` row. Names ending in ``_ns`` are nanoseconds, summed over threads."""
+
+
+class Counters:
+    """Counts of one reader, kept in one row of a (shared) int64 tensor.
+
+    Args:
+        row: int64 ``(len(COUNTERS),)``. One process writes it, any process may read it.
+    """
+
+    def __init__(self, row: torch.Tensor) -> None:
+        self._row = row.numpy()
+        self._lock = threading.Lock()
+
+    def add(self, **amounts: int) -> None:
+        """Add *amounts* to the counters of those names; thread-safe."""
+        with self._lock:
+            for name, amount in amounts.items():
+                self._row[COUNTERS.index(name)] += amount
+
+
+def summarize(rows: torch.Tensor) -> dict[str, int | float]:
+    """Return the sum of counter *rows* ``(readers, len(COUNTERS))`` as a flat dict; ``_ns`` becomes ``_s``."""
+    totals = dict(zip(COUNTERS, rows.sum(dim=0).tolist(), strict=True))
+    return {
+        (name[:-3] + "_s" if name.endswith("_ns") else name): (value / 1e9 if name.endswith("_ns") else value)
+        for name, value in totals.items()
+    }
+
+
+def emit(event: Event, *, observer: Observer | None, counters: Counters) -> None:
+    """Log, count and hand on one event."""
+    match event:
+        case FetchRetried():
+            logger.warning("%s", event)
+            counters.add(retries=1)
+        case ShardSkipped():
+            logger.error("%s", event)
+            counters.add(shards_skipped=1, rows_skipped=event.rows)
+        case ReadSlow():
+            logger.warning("%s", event)
+            counters.add(slow_reads=1)
+    if observer is not None:
+        observer(event)

@@ -1,0 +1,124 @@
+"""Options: frozen, keyword-only, right once they exist."""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass
+from typing import Final
+
+from streamshards.errors import OptionInvalid
+
+KiB: Final = 1024
+MiB: Final = 1024 * KiB
+GiB: Final = 1024 * MiB
+
+_UNITS: Final = {
+    "": 1, "B": 1,
+    "KB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12,
+    "KIB": KiB, "MIB": MiB, "GIB": GiB, "TIB": 1024 * GiB,
+}  # fmt: skip
+_SIZE: Final = re.compile(r"\s*(\d+(?:\.\d+)?)\s*([KMGT]?i?B)?\s*", re.IGNORECASE)
+
+
+def parse_bytes(size: int | str, *, name: str) -> int:
+    """Return *size* as a number of bytes.
+
+    Args:
+        size: ``33554432``, ``"32MiB"``, ``"1.5 GB"``; KB/MB/GB are powers of 1,000, KiB/MiB/GiB of 1,024.
+        name: What the size is for; stands in the error.
+
+    Raises:
+        OptionInvalid: Not a size, or less than one byte.
+    """
+    if isinstance(size, str):
+        match = _SIZE.fullmatch(size)
+        if match is None:
+            raise OptionInvalid(f'{name}={size!r} is not a size; write 33554432 or "32MiB"')
+        number = int(float(match[1]) * _UNITS[(match[2] or "").upper()])
+    elif isinstance(size, int) and not isinstance(size, bool):
+        number = size
+    else:
+        raise OptionInvalid(f'{name}={size!r} is not a size; write 33554432 or "32MiB"')
+    if number < 1:
+        raise OptionInvalid(f"{name}={size!r} must be at least one byte")
+    return number
+
+
+def require_int(value: object, *, name: str, minimum: int, maximum: int = 2**63 - 1) -> int:
+    """Return *value* if it is an int in ``[minimum, maximum]``.
+
+    Raises:
+        OptionInvalid: It is not.
+    """
+    if not isinstance(value, int) or isinstance(value, bool) or not minimum <= value <= maximum:
+        raise OptionInvalid(f"{name}={value!r} must be a whole number from {minimum:,} to {maximum:,}")
+    return value
+
+
+def _require_positive_s(value: float, *, name: str) -> None:
+    if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0 < value < float("inf"):
+        raise OptionInvalid(f"{name}={value!r} must be a number of seconds above 0")
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class OrderOptions:
+    """What shapes the global sample order, besides the seed and the epoch. See docs/architecture.md."""
+
+    lanes: int | None = None
+    """How many interleaved lanes the epoch is cut into. None: ``world_size × max(1, num_workers)`` of the
+    first start. Give a number (a multiple of every cluster size you may use) to see the same order on all."""
+    chunk: int | None = None
+    """Consecutive positions taken from one lane. None: the batch size, or ``global batch // lanes``."""
+    shuffle_block: int | None = None
+    """Rows shuffled together (about; blocks end at shard borders). None: as many as 64 MiB of raw data hold."""
+
+    def __post_init__(self) -> None:
+        for name in ("lanes", "chunk", "shuffle_block"):
+            value = getattr(self, name)
+            if value is not None:
+                require_int(value, name=f"OrderOptions.{name}", minimum=1)
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class RetryOptions:
+    """How long a store may fail before we give up. Retries have this one owner: the client's own are off."""
+
+    deadline_s: float = 600.0
+    """Give up on one object after this long without success; then ``StoreUnavailable`` is raised."""
+    first_contact_s: float = 25.0
+    """The deadline for opening the dataset: a wrong endpoint should be known at once, not in ten minutes."""
+    attempt_timeout_s: float = 120.0
+    """Abandon a single request after this long."""
+    base_s: float = 0.1
+    """The first wait is drawn from ``[0, base_s]``, each next one from twice that range (full jitter)."""
+    max_wait_s: float = 20.0
+    """No wait between two attempts is longer than this."""
+    corrupt_attempts: int = 3
+    """How often a shard whose bytes are wrong is fetched in all before it counts as corrupt."""
+
+    def __post_init__(self) -> None:
+        for name in ("deadline_s", "first_contact_s", "attempt_timeout_s", "base_s", "max_wait_s"):
+            _require_positive_s(getattr(self, name), name=f"RetryOptions.{name}")
+        require_int(self.corrupt_attempts, name="RetryOptions.corrupt_attempts", minimum=1)
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class PrefetchOptions:
+    """What one reader (a rank, or one worker process of it) may use to run ahead of the training loop."""
+
+    memory_bytes: int | str = GiB
+    """Bytes of shards, blocks and ready batches held at once. An order that cannot fit is refused at the start."""
+    threads: int | None = None
+    """Threads that fetch and decode shards. None: twice the cores this process may use, from 2 to 8."""
+    ready_batches: int = 8
+    """Batches kept ready for the training loop, at most; fewer when they are large."""
+    slow_s: float = 30.0
+    """Emit a ``ReadSlow`` event whenever the training loop has waited this long for a batch."""
+
+    def __post_init__(self) -> None:
+        size = parse_bytes(self.memory_bytes, name="PrefetchOptions.memory_bytes")
+        object.__setattr__(self, "memory_bytes", size)
+        if self.threads is not None:
+            require_int(self.threads, name="PrefetchOptions.threads", minimum=1, maximum=256)
+        require_int(self.ready_batches, name="PrefetchOptions.ready_batches", minimum=1)
+        _require_positive_s(self.slow_s, name="PrefetchOptions.slow_s")
