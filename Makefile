@@ -8,7 +8,7 @@ PYTEST_ARGS ?=
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 RESULTS := $(VENV)/pytest.xml
-PIP_INSTALL := $(BIN)/python -m pip install --quiet --disable-pip-version-check
+PIP_INSTALL := $(BIN)/python -m pip install -qq --disable-pip-version-check
 
 .DEFAULT_GOAL := help
 .PHONY: help setup demo test lint types bench clean
@@ -26,12 +26,12 @@ test: lint types ## everything a change must pass
 	@$(BIN)/python -c "$$SUMMARY" $(RESULTS)
 
 lint: setup ## ruff: rules and format
-	@$(BIN)/ruff check --quiet .
-	@$(BIN)/ruff format --check --quiet . || { $(BIN)/ruff format --check . >&2; exit 1; }
+	@$(BIN)/python -m ruff check --quiet .
+	@$(BIN)/python -m ruff format --check --quiet . || { $(BIN)/python -m ruff format --check . >&2; exit 1; }
 	@echo "make lint: ruff found nothing"
 
 types: setup ## mypy, strict
-	@$(BIN)/mypy
+	@$(BIN)/python -m mypy
 
 bench: setup ## measure, side by side with pure zstd decoding
 	@$(BIN)/python benchmarks/run.py
