@@ -65,7 +65,7 @@ class OrderOptions:
     """What shapes the global sample order, besides the seed and the epoch. See docs/architecture.md."""
 
     lanes: int | None = None
-    """How many interleaved lanes the epoch is cut into. None: ``world_size × max(1, num_workers)`` of the
+    """How many interleaved lanes the epoch is cut into. None: ``world_size * max(1, num_workers)`` of the
     first start. Give a number (a multiple of every cluster size you may use) to see the same order on all."""
     chunk: int | None = None
     """Consecutive positions taken from one lane. None: the batch size, or ``global batch // lanes``."""

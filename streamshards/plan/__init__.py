@@ -1,0 +1,1 @@
+"""Decisions, pure: no I/O, threads, clock or torch.distributed. Same arguments, same answer, for ever."""

@@ -1,0 +1,231 @@
+"""The index: which shards exist, how many rows each holds, and what their bytes must be.
+
+It is readable JSON in columns, not a list of objects, so that a million shards load in about a second; docs/format.md
+has the details.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from functools import cached_property
+from typing import Any, Final
+
+import numpy as np
+import xxhash
+
+from streamshards.errors import IndexInvalid
+from streamshards.plan.order import Int64Array
+
+FORMAT: Final = "streamshards"
+VERSION: Final = 1
+MAX_INDEX_BYTES: Final = 1 << 30
+"""Refuse an index whose JSON is larger: a million shards take about 100 MB."""
+_MAX_COUNT: Final = 1 << 48
+"""No shard, row count or size beyond this: sums of millions of them stay inside int64."""
+
+_DIGEST: Final = re.compile(r"[0-9a-f]{32}")
+_BAD_NAME: Final = re.compile(
+    r"""
+    ^$ | \\                         # empty; a backslash is a separator on some systems
+    | (?:^|/)\.{0,2}(?:/|$)         # empty, "." and ".." segments; absolute names
+    | ^[A-Za-z][A-Za-z0-9+.\-]*:    # a scheme, or a drive
+    """,
+    re.VERBOSE,
+)
+
+
+def is_safe_name(name: object) -> bool:
+    """Return whether *name* is a relative name that cannot leave the dataset's own place."""
+    return isinstance(name, str) and len(name) <= 1024 and name.isprintable() and not _BAD_NAME.search(name)
+
+
+@dataclass(frozen=True, eq=False)
+class Index:
+    """What a dataset consists of. Immutable; two indexes are the same dataset when their fingerprints are.
+
+    Args:
+        schema: The schema as JSON values; what it means is the shard layer's business.
+        names: Shard names, relative to the dataset's url.
+        rows: int64 ``(shards,)``, samples in each shard.
+        sizes: int64 ``(shards,)``, bytes of each object in the store.
+        raw_sizes: int64 ``(shards,)``, bytes of each payload once decoded.
+        digests: xxh3-128 of each object's bytes, 32 hex digits.
+        layout: ``"shard"`` for our own shards, else the layout of foreign ``.pt`` files.
+        codec: How shards were compressed, for people: ``"zstd:3"``.
+        created: ISO 8601.
+        writer: What wrote it, for people.
+    """
+
+    schema: Mapping[str, Any]
+    names: Sequence[str]
+    rows: Int64Array
+    sizes: Int64Array
+    raw_sizes: Int64Array
+    digests: Sequence[str]
+    layout: str = "shard"
+    codec: str = "zstd:3"
+    created: str = ""
+    writer: str = ""
+    num_samples: int = field(init=False)
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "num_samples", int(self.rows.sum()))
+
+    @property
+    def num_shards(self) -> int:
+        return len(self.names)
+
+    @cached_property
+    def fingerprint(self) -> str:
+        """Names the content: xxh3-128 over schema, layout, names, rows, sizes and digests; 32 hex digits."""
+        hasher = xxhash.xxh3_128()
+        for text in (_canonical(self.schema), self.layout, "\n".join(self.names), "\n".join(self.digests)):
+            hasher.update(text.encode())
+            hasher.update(b"\0")
+        for numbers in (self.rows, self.sizes, self.raw_sizes):
+            hasher.update(numbers.astype("<i8").tobytes())
+        return hasher.hexdigest()
+
+    def dump(self) -> bytes:
+        """Return the index as UTF-8 JSON; :meth:`parse` gives it back."""
+        content = {
+            "format": FORMAT,
+            "version": VERSION,
+            "num_samples": self.num_samples,
+            "fingerprint": self.fingerprint,
+            "created": self.created,
+            "writer": self.writer,
+            "codec": self.codec,
+            "layout": self.layout,
+            "schema": self.schema,
+            "shards": {
+                "name": list(self.names),
+                "rows": self.rows.tolist(),
+                "bytes": self.sizes.tolist(),
+                "raw_bytes": self.raw_sizes.tolist(),
+                "digest": list(self.digests),
+            },
+        }
+        return (json.dumps(content, ensure_ascii=False, separators=(",", ":")) + "\n").encode()
+
+    @classmethod
+    def parse(cls, data: bytes, *, url: str) -> Index:
+        """Return the index that *data* holds.
+
+        Args:
+            data: UTF-8 JSON.
+            url: Where it comes from; stands in errors.
+
+        Raises:
+            IndexInvalid: Not an index, from a newer version, damaged, or naming anything outside its dataset.
+        """
+        content = _load_json(data, url)
+        shards = _require(content, "shards", dict, url)
+        names = _require(shards, "name", list, url)
+        digests = _require(shards, "digest", list, url)
+        _check_names(names, url)
+        if not all(isinstance(d, str) and _DIGEST.fullmatch(d) for d in digests):
+            raise IndexInvalid(f"{url}: shards.digest must hold 32 hex digits each; rebuild the index")
+        counts = {key: _integers(shards, key, url) for key in ("rows", "bytes", "raw_bytes")}
+        for key, column in {"digest": digests, **counts}.items():
+            if len(column) != len(names):
+                raise IndexInvalid(f"{url}: {len(names):,} shard names but {len(column):,} values in shards.{key}")
+        index = cls(
+            schema=_require(content, "schema", dict, url),
+            names=names,
+            rows=counts["rows"],
+            sizes=counts["bytes"],
+            raw_sizes=counts["raw_bytes"],
+            digests=digests,
+            layout=_require(content, "layout", str, url),
+            codec=_require(content, "codec", str, url),
+            created=_require(content, "created", str, url),
+            writer=_require(content, "writer", str, url),
+        )
+        promised = _require(content, "num_samples", int, url)
+        if promised != index.num_samples:
+            raise IndexInvalid(
+                f"{url}: num_samples says {promised:,}, the shards' rows add up to {index.num_samples:,}"
+            )
+        if _require(content, "fingerprint", str, url) != index.fingerprint:
+            raise IndexInvalid(f"{url}: the fingerprint does not fit the content: damaged or edited by hand")
+        return index
+
+    def extended(self, other: Index, *, schema: Mapping[str, Any]) -> Index:
+        """Return an index of our shards followed by *other*'s, under the merged *schema*.
+
+        Raises:
+            IndexInvalid: Both name the same shard, or the layouts differ.
+        """
+        if self.layout != other.layout:
+            raise IndexInvalid(f"cannot join layout {self.layout!r} with {other.layout!r}; pack the files instead")
+        names = [*self.names, *other.names]
+        _check_names(names, "the joined index")
+        return Index(
+            schema=schema,
+            names=names,
+            rows=np.concatenate([self.rows, other.rows]),
+            sizes=np.concatenate([self.sizes, other.sizes]),
+            raw_sizes=np.concatenate([self.raw_sizes, other.raw_sizes]),
+            digests=[*self.digests, *other.digests],
+            layout=self.layout,
+            codec=other.codec,
+            created=other.created,
+            writer=other.writer,
+        )
+
+    def __repr__(self) -> str:
+        return (
+            f"Index(samples={self.num_samples:,}, shards={self.num_shards:,}, "
+            f"bytes={int(self.sizes.sum()):,}, fingerprint={self.fingerprint})"
+        )
+
+
+def _canonical(value: object) -> str:
+    return json.dumps(value, sort_keys=True, ensure_ascii=False, separators=(",", ":"))
+
+
+def _load_json(data: bytes, url: str) -> dict[str, Any]:
+    if len(data) > MAX_INDEX_BYTES:
+        raise IndexInvalid(f"{url}: {len(data):,} bytes of JSON; an index has at most {MAX_INDEX_BYTES:,}")
+    try:
+        content = json.loads(data)
+    except (ValueError, RecursionError) as error:
+        raise IndexInvalid(f"{url}: not JSON ({error or 'nested too deeply'}); rebuild the index") from error
+    if not isinstance(content, dict) or content.get("format") != FORMAT:
+        raise IndexInvalid(f'{url}: JSON, but not a streamshards index (no "format": "streamshards")')
+    version = content.get("version")
+    if not isinstance(version, int) or isinstance(version, bool) or version < 1:
+        raise IndexInvalid(f"{url}: version {version!r} is not a version number")
+    if version > VERSION:
+        raise IndexInvalid(
+            f"{url}: index version {version}, this streamshards reads up to {VERSION}; upgrade streamshards"
+        )
+    return content
+
+
+def _require(content: Mapping[str, Any], key: str, kind: type, url: str) -> Any:
+    value = content.get(key)
+    if not isinstance(value, kind) or isinstance(value, bool):
+        raise IndexInvalid(f"{url}: {key!r} must be a {kind.__name__}, found {type(value).__name__}")
+    return value
+
+
+def _integers(shards: Mapping[str, Any], key: str, url: str) -> Int64Array:
+    values = _require(shards, key, list, url)
+    if not all(type(v) is int and 0 <= v <= _MAX_COUNT for v in values):
+        raise IndexInvalid(f"{url}: shards.{key} must hold whole numbers from 0 to {_MAX_COUNT:,}")
+    return np.array(values, dtype=np.int64)
+
+
+def _check_names(names: list[Any], url: str) -> None:
+    for number, name in enumerate(names):
+        if not is_safe_name(name):
+            raise IndexInvalid(
+                f"{url}: shard {number} is named {str(name)[:80]!r}; names must be relative, printable and without '..'"
+            )
+    if len(set(names)) != len(names):
+        raise IndexInvalid(f"{url}: a shard name appears twice")

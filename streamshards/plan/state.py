@@ -1,0 +1,103 @@
+"""What the training loop has received, as one small flat dict; the same on every rank, on any number of them."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from typing import Any, Final
+
+from streamshards.errors import OptionInvalid, ResumeMismatch
+from streamshards.plan.order import OrderSettings
+
+STATE_VERSION: Final = 1
+
+_INTEGERS: Final = ("version", "epoch", "position", "num_samples", "seed", "lanes", "chunk", "shuffle_block")
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class State:
+    """A place in the global order. Everything that shapes the order stands in it, so a resume needs nothing else."""
+
+    epoch: int
+    position: int
+    """Samples of the epoch's global order that have been received, over all ranks."""
+    num_samples: int
+    fingerprint: str
+    """Names the dataset's content."""
+    order: OrderSettings
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return a fresh flat dict of JSON values, under 1 KiB as JSON."""
+        return {
+            "version": STATE_VERSION,
+            "epoch": self.epoch,
+            "position": self.position,
+            "num_samples": self.num_samples,
+            "fingerprint": self.fingerprint,
+            **asdict(self.order),
+        }
+
+    @classmethod
+    def from_dict(cls, state: Mapping[str, Any]) -> State:
+        """Return the state that :meth:`to_dict` gave.
+
+        Raises:
+            ResumeMismatch: Not such a dict, or one of a newer version.
+        """
+        if not isinstance(state, Mapping):
+            raise ResumeMismatch(f"the state is a {type(state).__name__}, not the dict that state_dict() returns")
+        version = state.get("version")
+        if isinstance(version, int) and version > STATE_VERSION:
+            raise ResumeMismatch(
+                f"the state has version {version}, this streamshards reads up to {STATE_VERSION}; upgrade it"
+            )
+        missing = [name for name in (*_INTEGERS, "fingerprint", "shuffle") if name not in state]
+        if missing:
+            raise ResumeMismatch(f"the state lacks {', '.join(missing)}; pass what state_dict() returned, unchanged")
+        for name in _INTEGERS:
+            value = state[name]
+            if not isinstance(value, int) or isinstance(value, bool) or value < 0:
+                raise ResumeMismatch(f"the state's {name} is {value!r}, not a whole number of 0 or more")
+        if version != STATE_VERSION:
+            raise ResumeMismatch(f"the state has version {version!r}; only version {STATE_VERSION} exists")
+        if state["position"] > state["num_samples"]:
+            raise ResumeMismatch(f"the state's position {state['position']:,} is beyond its {state['num_samples']:,}")
+        try:
+            order = OrderSettings(
+                shuffle=bool(state["shuffle"]),
+                seed=state["seed"],
+                lanes=state["lanes"],
+                chunk=state["chunk"],
+                shuffle_block=state["shuffle_block"],
+            )
+        except OptionInvalid as error:
+            raise ResumeMismatch(f"the state cannot be right: {error}") from error
+        return cls(
+            epoch=state["epoch"],
+            position=state["position"],
+            num_samples=state["num_samples"],
+            fingerprint=str(state["fingerprint"]),
+            order=order,
+        )
+
+    def require_match(self, *, url: str, fingerprint: str, num_samples: int, seed: int, shuffle: bool) -> None:
+        """Check that this state belongs to the dataset that is open.
+
+        Raises:
+            ResumeMismatch: It does not; the message lists each difference.
+        """
+        differences = [
+            f"{name} is {ours!r} here and {theirs!r} in the state"
+            for name, ours, theirs in (
+                ("num_samples", num_samples, self.num_samples),
+                ("fingerprint", fingerprint, self.fingerprint),
+                ("seed", seed, self.order.seed),
+                ("shuffle", shuffle, self.order.shuffle),
+            )
+            if ours != theirs
+        ]
+        if differences:
+            raise ResumeMismatch(
+                f"{url}: the state is of another dataset or order: {'; '.join(differences)}. "
+                "Open the dataset the state was made with, with the same seed and shuffle"
+            )
