@@ -35,7 +35,7 @@ class Segment(NamedTuple):
     visit: Visit
     first: int
     """Offset in the block (not in the lane) of the first row."""
-    count: int
+    num_rows: int
 
 
 @dataclass(slots=True)
