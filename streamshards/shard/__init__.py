@@ -1,0 +1,1 @@
+"""Bytes to columns and back: frames, payload, columns, foreign layouts."""

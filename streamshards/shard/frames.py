@@ -1,0 +1,288 @@
+"""Frames: how the bytes of a ``.pt`` file lie in a ``.pt.zst``. The only importer of zstandard.
+
+Theory. A shard is zstd frames, one skippable frame with our directory, and the seek table of the zstd seekable
+format. Each column's storage starts a frame and ends one, in between it is cut between rows; so a column, or some rows
+of it, can be decoded alone, straight into the memory where it will live. Reading trusts nothing: all sizes are checked
+against each other before any memory is taken, and zstd verifies every frame's checksum.
+
+Few, long calls: each call into zstandard gives up the GIL once per frame, and beside a busy Python thread every
+return costs up to 5 ms. Hence 2-4 MiB per frame, and one ``readinto`` across all frames of a range.
+
+Source: RFC 8878; https://github.com/facebook/zstd/blob/dev/contrib/seekable_format/zstd_seekable_compression_format.md
+"""
+
+from __future__ import annotations
+
+import struct
+from typing import Final
+
+import numpy as np
+import xxhash
+import zstandard
+
+from streamshards.errors import ShardCorrupt
+from streamshards.options import KiB, MiB
+
+BLOCK_BYTES: Final = 4 * MiB
+"""A column is cut into equal blocks of at most this: 2-4 MiB when it is larger. 256 KiB would cost 1-4 % of the ratio
+and a sixth of the speed beside a busy thread; larger ones make partial reads dearer and gain nothing."""
+MIN_SAVING: Final = 1 / 32
+"""A column block that shrinks by less is stored as it is: decoding it would cost more time than its bytes."""
+
+DIRECTORY_MAGIC: Final = 0x184D2A5D
+SEEK_TABLE_MAGIC: Final = 0x184D2A5E
+SEEKABLE_MAGIC: Final = 0x8F92EAB1
+MAX_DIRECTORY_BYTES: Final = 16 * MiB
+"""About 100,000 columns. The directory is parsed as JSON, which takes many times its size."""
+
+_SKIPPABLE: Final = struct.Struct("<II")  # magic, size of what follows
+_FOOTER: Final = struct.Struct("<IBI")  # number of frames, descriptor, SEEKABLE_MAGIC
+_ENTRY: Final = struct.Struct("<III")  # compressed size, raw size, low 32 bits of XXH64 of the raw bytes
+_ENTRY_DTYPE: Final = np.dtype("<u4")
+_DESCRIPTOR: Final = 0x80  # the entries carry checksums; all other bits are reserved
+_CHECK: Final = struct.Struct("<Q")  # XXH64 of the directory's JSON: zstd does not look into skippable frames
+_EMPTY_CHECKSUM: Final = xxhash.xxh64_intdigest(b"") & 0xFFFFFFFF
+_MAX_WINDOW_BYTES: Final = 128 * MiB  # what the zstd command line accepts, too
+_RAW_BLOCK_BYTES: Final = 128 * KiB  # Block_Maximum_Size, RFC 8878 section 3.1.1.2.3
+
+
+class FrameWriter:
+    """A file object for ``torch.save`` that turns what is written into frames."""
+
+    def __init__(self, *, level: int) -> None:
+        self.position = 0
+        """Bytes written so far, uncompressed."""
+        self._watched: dict[int, tuple[int, int]] = {}
+        self._found: dict[int, int] = {}
+        self._pending = bytearray()
+        self._frames: list[bytes] = []
+        self._entries: list[bytes] = []
+        self._compressor = zstandard.ZstdCompressor(level=level, write_checksum=True, write_content_size=True)
+
+    def watch(self, address: int, nbytes: int, row_bytes: int) -> None:
+        """Expect a column's storage at *address*: it gets frames of its own, cut between rows of *row_bytes*."""
+        self._watched[address] = (nbytes, row_bytes)
+
+    def found(self, address: int) -> int:
+        """Return the position at which the storage at *address* was written.
+
+        Raises:
+            RuntimeError: It was not. torch.save hands over each storage in one ``write`` of its own memory; a torch
+                that stops doing so must not go unnoticed.
+        """
+        if address not in self._found:
+            raise RuntimeError("torch.save did not write a column's storage in one piece; this torch is not supported")
+        return self._found[address]
+
+    def write(self, data: bytes | memoryview) -> int:
+        """Take the next bytes of the file."""
+        view = memoryview(data).cast("B")
+        if not view.nbytes:
+            return 0
+        address = int(np.frombuffer(view, np.uint8).ctypes.data)
+        nbytes, row_bytes = self._watched.get(address, (-1, 0))
+        if nbytes == view.nbytes:
+            self._found[address] = self.position
+            self._write_column(view, row_bytes)
+        else:
+            self._pending += view
+            if len(self._pending) >= BLOCK_BYTES:
+                self.flush()
+        self.position += view.nbytes
+        return view.nbytes
+
+    def flush(self) -> None:
+        """End the frame of small writes, if there is one."""
+        for start in range(0, len(self._pending), BLOCK_BYTES):
+            self._emit(self._compressor.compress(self._pending[start : start + BLOCK_BYTES]))
+        self._pending = bytearray()
+
+    def finish(self, directory: bytes) -> bytes:
+        """Return the whole shard: the frames, *directory* (JSON), the seek table."""
+        self.flush()
+        if len(directory) > MAX_DIRECTORY_BYTES:
+            raise ValueError(f"a directory of {len(directory):,} bytes; {MAX_DIRECTORY_BYTES:,} are possible")
+        content = _CHECK.pack(xxhash.xxh64_intdigest(directory)) + directory
+        frame = _SKIPPABLE.pack(DIRECTORY_MAGIC, len(content)) + content
+        entries = [*self._entries, _ENTRY.pack(len(frame), 0, _EMPTY_CHECKSUM)]
+        table = b"".join(entries) + _FOOTER.pack(len(entries), _DESCRIPTOR, SEEKABLE_MAGIC)
+        return b"".join([*self._frames, frame, _SKIPPABLE.pack(SEEK_TABLE_MAGIC, len(table)), table])
+
+    def _write_column(self, view: memoryview, row_bytes: int) -> None:
+        self.flush()
+        size = block_size(view.nbytes, row_bytes)
+        for start in range(0, view.nbytes, size):
+            block = view[start : start + size]
+            frame = self._compressor.compress(block)
+            self._emit(frame if len(frame) <= block.nbytes * (1 - MIN_SAVING) else stored_frame(block))
+
+    def _emit(self, frame: bytes) -> None:
+        content_size = zstandard.get_frame_parameters(frame[:18]).content_size
+        # The frame ends with the low 32 bits of XXH64 of its content: just what the seek table wants.
+        self._entries.append(_ENTRY.pack(len(frame), content_size, int.from_bytes(frame[-4:], "little")))
+        self._frames.append(frame)
+
+
+def block_size(nbytes: int, row_bytes: int) -> int:
+    """Return how many bytes of a column go into each frame: whole rows, unless one row is larger than a block."""
+    unit = row_bytes if 0 < row_bytes <= BLOCK_BYTES // 2 else 64
+    num_blocks = -(-nbytes // BLOCK_BYTES)
+    return max(1, -(-nbytes // (num_blocks * unit))) * unit
+
+
+def stored_frame(data: memoryview) -> bytes:
+    """Return a zstd frame that holds *data* as it is: raw blocks, content size, checksum (RFC 8878 section 3.1.1)."""
+    # Descriptor 0xA4: a content size of 4 bytes, single segment (no window to allocate), checksum.
+    parts: list[bytes | memoryview] = [zstandard.FRAME_HEADER, b"\xa4", len(data).to_bytes(4, "little")]
+    for start in range(0, len(data), _RAW_BLOCK_BYTES):
+        block = data[start : start + _RAW_BLOCK_BYTES]
+        is_last = start + _RAW_BLOCK_BYTES >= len(data)
+        parts += [(len(block) << 3 | is_last).to_bytes(3, "little"), block]
+    parts.append((xxhash.xxh64_intdigest(data) & 0xFFFFFFFF).to_bytes(4, "little"))
+    return b"".join(parts)
+
+
+def is_framed(data: bytes | memoryview) -> bool:
+    """Return whether *data* ends as our shards do: a directory, then a seek table. Nothing else is checked."""
+    view = memoryview(data)
+    table = _table_bytes(view)
+    if table is None:
+        return False
+    directory_bytes = _ENTRY.unpack_from(view, len(view) - _FOOTER.size - _ENTRY.size)[0]
+    at = len(view) - table - directory_bytes
+    if at < 0 or directory_bytes < _SKIPPABLE.size:
+        return False
+    magic: int = _SKIPPABLE.unpack_from(view, at)[0]
+    return magic == DIRECTORY_MAGIC
+
+
+def _table_bytes(view: memoryview) -> int | None:
+    """Return the size of the seek table frame at the end, or None if there is none with at least one entry."""
+    if len(view) < _SKIPPABLE.size + _ENTRY.size + _FOOTER.size:
+        return None
+    num_frames, descriptor, magic = _FOOTER.unpack_from(view, len(view) - _FOOTER.size)
+    size = _SKIPPABLE.size + num_frames * _ENTRY.size + _FOOTER.size
+    if magic != SEEKABLE_MAGIC or descriptor != _DESCRIPTOR or num_frames < 1 or size > len(view):
+        return None
+    start = len(view) - size
+    if _SKIPPABLE.unpack_from(view, start) != (SEEK_TABLE_MAGIC, size - _SKIPPABLE.size):
+        return None
+    return int(size)
+
+
+class FrameReader:
+    """Reads ranges of the uncompressed ``.pt`` file out of a shard.
+
+    Threads may share it: each call has a decompressor of its own.
+    """
+
+    def __init__(self, data: bytes | memoryview, *, name: str, max_raw_bytes: int) -> None:
+        """Check the frames against the seek table.
+
+        Args:
+            data: The whole object.
+            name: The shard, for messages.
+            max_raw_bytes: Refuse more uncompressed bytes than this.
+
+        Raises:
+            ShardCorrupt: The seek table, the frames' headers and the object's size do not agree.
+        """
+        self.name = name
+        self._data = memoryview(data).cast("B")
+        table = _table_bytes(self._data)
+        if table is None:
+            raise self._corrupt(f"no seek table at the end of its {len(self._data):,} bytes; truncated, or not a shard")
+        end = len(self._data) - table
+        entries = np.frombuffer(self._data[end + _SKIPPABLE.size : -_FOOTER.size], _ENTRY_DTYPE).reshape(-1, 3)
+        sizes = entries.astype(np.int64)
+        self._starts = np.concatenate([[0], sizes[:, 0].cumsum()])
+        self._raw_starts = np.concatenate([[0], sizes[:-1, 1].cumsum()])
+        if int(self._starts[-1]) != end:
+            raise self._corrupt(f"the seek table accounts for {int(self._starts[-1]):,} bytes, {end:,} came")
+        self.raw_bytes = int(self._raw_starts[-1])
+        """Bytes of the uncompressed file."""
+        if self.raw_bytes > max_raw_bytes:
+            raise self._corrupt(f"inflates to {self.raw_bytes:,} bytes, more than the {max_raw_bytes:,} allowed")
+        self.directory = self._read_directory(sizes[-1])
+        """The directory's JSON; its checksum is right."""
+        for number, (_, raw_size, checksum) in enumerate(sizes[:-1].tolist()):
+            self._check_frame(number, raw_size, checksum)
+
+    def read_into(self, lo: int, hi: int, out: memoryview) -> None:
+        """Fill *out* with bytes lo..hi of the uncompressed file.
+
+        Frames wholly inside are decoded in place, in one call; those on the edges through scratch.
+
+        Raises:
+            ShardCorrupt: Out of bounds, another size than *out*, or the frames do not decode.
+        """
+        if not 0 <= lo <= hi <= self.raw_bytes or len(out) != hi - lo:
+            text = f"bytes {lo:,} to {hi:,} of {self.raw_bytes:,} were asked for, with room for {len(out):,}"
+            raise self._corrupt(text)
+        if lo == hi:
+            return
+        raw = self._raw_starts
+        first = int(np.searchsorted(raw, lo, "right")) - 1
+        last = int(np.searchsorted(raw, hi, "left"))  # one past the last frame
+        inner_first = first + (int(raw[first]) < lo)
+        inner_last = last - (int(raw[last]) > hi)
+        if inner_first > inner_last:  # one frame, and both of its ends are cut off
+            inner_last = inner_first
+        if first < inner_first:
+            self._read_edge(first, lo, min(hi, int(raw[inner_first])), out, lo)
+        if inner_first < inner_last:
+            start, end = int(raw[inner_first]), int(raw[inner_last])
+            self._decode(inner_first, inner_last, out[start - lo : end - lo])
+        if inner_last < last:
+            self._read_edge(inner_last, int(raw[inner_last]), hi, out, lo)
+
+    def _read_edge(self, frame: int, lo: int, hi: int, out: memoryview, origin: int) -> None:
+        start = int(self._raw_starts[frame])
+        scratch = memoryview(bytearray(int(self._raw_starts[frame + 1]) - start))
+        self._decode(frame, frame + 1, scratch)
+        out[lo - origin : hi - origin] = scratch[lo - start : hi - start]
+
+    def _decode(self, first: int, last: int, out: memoryview) -> None:
+        start, end = int(self._starts[first]), int(self._starts[last])
+        decompressor = zstandard.ZstdDecompressor(max_window_size=_MAX_WINDOW_BYTES)
+        try:
+            with decompressor.stream_reader(self._data[start:end], read_across_frames=True) as stream:
+                count = stream.readinto(out)
+        except zstandard.ZstdError as error:
+            raise self._corrupt(f"bytes {start:,} to {end:,} do not decode: {error}") from error
+        if count != len(out):
+            raise self._corrupt(f"bytes {start:,} to {end:,} gave {count:,} of {len(out):,} bytes")
+
+    def _read_directory(self, entry: np.ndarray[tuple[int], np.dtype[np.int64]]) -> bytes:
+        size, raw_size, checksum = (int(number) for number in entry)
+        start = int(self._starts[-2])
+        prefix = _SKIPPABLE.size + _CHECK.size
+        if not prefix <= size <= prefix + MAX_DIRECTORY_BYTES or (raw_size, checksum) != (0, _EMPTY_CHECKSUM):
+            raise self._corrupt(f"bytes {start:,} to {start + size:,} are no directory")
+        if _SKIPPABLE.unpack_from(self._data, start) != (DIRECTORY_MAGIC, size - _SKIPPABLE.size):
+            raise self._corrupt(f"no directory at byte {start:,}")
+        (check,) = _CHECK.unpack_from(self._data, start + _SKIPPABLE.size)
+        content = bytes(self._data[start + prefix : start + size])
+        if xxhash.xxh64_intdigest(content) != check:
+            raise self._corrupt(f"the directory at byte {start:,} does not have its checksum")
+        return content
+
+    def _check_frame(self, number: int, raw_size: int, checksum: int) -> None:
+        start, end = int(self._starts[number]), int(self._starts[number + 1])
+        frame = self._data[start:end]
+        if bytes(frame[:4]) != zstandard.FRAME_HEADER:
+            raise self._corrupt(f"no zstd frame at byte {start:,}")
+        try:
+            header = zstandard.get_frame_parameters(frame[:18])
+        except zstandard.ZstdError as error:
+            raise self._corrupt(f"the frame header at byte {start:,} is damaged: {error}") from error
+        if header.content_size != raw_size or not raw_size:
+            text = f"the frame at byte {start:,} declares {header.content_size:,} bytes, the seek table {raw_size:,}"
+            raise self._corrupt(text)
+        if not header.has_checksum or header.dict_id or header.window_size > max(_MAX_WINDOW_BYTES, raw_size):
+            raise self._corrupt(f"the frame at byte {start:,} lacks a checksum, needs a dictionary or a vast window")
+        if int.from_bytes(frame[-4:], "little") != checksum:
+            raise self._corrupt(f"the frame at byte {start:,} and the seek table have different checksums")
+
+    def _corrupt(self, text: str) -> ShardCorrupt:
+        return ShardCorrupt(f"{self.name}: {text}")
