@@ -44,6 +44,7 @@ _CHECK: Final = struct.Struct("<Q")  # XXH64 of the directory's JSON: zstd does 
 _EMPTY_CHECKSUM: Final = xxhash.xxh64_intdigest(b"") & 0xFFFFFFFF
 _MAX_WINDOW_BYTES: Final = 128 * MiB  # what the zstd command line accepts, too
 _RAW_BLOCK_BYTES: Final = 128 * KiB  # Block_Maximum_Size, RFC 8878 section 3.1.1.2.3
+_INFLATE_BYTES: Final = 4 * MiB  # few GIL-free calls; a bomb is noticed this late
 
 
 class FrameWriter:
@@ -286,3 +287,62 @@ class FrameReader:
 
     def _corrupt(self, text: str) -> ShardCorrupt:
         return ShardCorrupt(f"{self.name}: {text}")
+
+
+def inflate(data: bytes | memoryview, *, name: str, max_raw_bytes: int) -> bytearray:
+    """Return everything that any zstd file holds: one or more frames, anyone's.
+
+    Raises:
+        ShardCorrupt: Truncated (zstandard alone would return less, without a word), damaged, or over *max_raw_bytes*.
+    """
+    view = memoryview(data).cast("B")
+    known = _require_complete(view, name)
+    if known is not None and known > max_raw_bytes:
+        raise ShardCorrupt(f"{name}: inflates to {known:,} bytes, more than the {max_raw_bytes:,} allowed")
+    out = bytearray()
+    decompressor = zstandard.ZstdDecompressor(max_window_size=_MAX_WINDOW_BYTES)
+    try:
+        with decompressor.stream_reader(view, read_across_frames=True) as stream:
+            while chunk := stream.read(_INFLATE_BYTES):
+                out += chunk
+                if len(out) > max_raw_bytes:
+                    raise ShardCorrupt(f"{name}: inflates to more than the {max_raw_bytes:,} bytes allowed")
+    except zstandard.ZstdError as error:
+        raise ShardCorrupt(f"{name}: does not decode: {error}") from error
+    if known is not None and len(out) != known:
+        raise ShardCorrupt(f"{name}: gave {len(out):,} of {known:,} bytes")
+    return out
+
+
+def _require_complete(view: memoryview, name: str) -> int | None:
+    """Return the uncompressed size if all frames tell theirs; raise unless the last frame is all there.
+
+    Walks frame by frame and block by block (RFC 8878 sections 3.1.1 and 3.1.2), decoding nothing.
+    """
+    at, known = 0, 0
+    is_known = True
+    try:
+        while at < len(view):
+            if len(view) - at >= _SKIPPABLE.size and _SKIPPABLE.unpack_from(view, at)[0] >> 4 == DIRECTORY_MAGIC >> 4:
+                at += _SKIPPABLE.size + _SKIPPABLE.unpack_from(view, at)[1]
+                continue
+            header = zstandard.get_frame_parameters(view[at : at + 18])
+            is_known = is_known and header.content_size < 2**63
+            known += header.content_size
+            at = _end_of_blocks(view, at + zstandard.frame_header_size(view[at : at + 18]))
+            at += 4 if header.has_checksum else 0
+    except zstandard.ZstdError as error:
+        raise ShardCorrupt(f"{name}: no complete zstd frame at byte {at:,}: {error}") from error
+    if at != len(view):
+        raise ShardCorrupt(f"{name}: truncated: its last frame ends at byte {at:,}, {len(view):,} came")
+    return known if is_known else None
+
+
+def _end_of_blocks(view: memoryview, at: int) -> int:
+    while at + 3 <= len(view):
+        header = int.from_bytes(view[at : at + 3], "little")
+        is_last, kind, size = header & 1, header >> 1 & 3, header >> 3
+        at += 3 + (1 if kind == 1 else size)  # kind 1: one byte, repeated
+        if is_last:
+            return at
+    return len(view) + 1
