@@ -45,33 +45,65 @@ class Step:
     segments: list[Segment] = field(default_factory=list)
     opened: list[Visit] = field(default_factory=list)
     """Visits that begin in this step, in the order of need."""
+    closed: list[Visit] = field(default_factory=list)
+    """Visits that are known to be over now that this step has been planned."""
 
 
-def schedule(order: EpochOrder, assignment: Assignment, *, skip: int = 0) -> Iterator[Step]:
-    """Yield the steps of one reader in order, from its batch number *skip*; a visit is closed as soon as it is over."""
+def schedule(order: EpochOrder, assignment: Assignment, *, skip: int = 0, per_step: int = 1) -> Iterator[Step]:
+    """Yield the steps of one reader in order; a visit is closed as soon as it is known to be over.
+
+    Args:
+        order: The epoch's order.
+        assignment: The reader's share of it.
+        skip: Batches of the reader to leave out at the start.
+        per_step: Consecutive batches of the reader that make one step.
+    """
     current: dict[int, Visit] = {}
-    group = max(1, _PLANNED_POSITIONS // assignment.batch_size)
+    group = max(1, _PLANNED_POSITIONS // (assignment.batch_size * per_step)) * per_step
     for first in range(skip, assignment.num_batches, group):
         count = min(group, assignment.num_batches - first)
-        positions, lengths = assignment.positions(first, count)
-        lanes, offsets = order.locate(positions)
-        starts = np.zeros(len(positions), dtype=bool)
-        starts[1:] = (np.diff(lanes) != 0) | (np.diff(offsets) != 1)
-        ends = np.cumsum(lengths)
-        starts[ends[:-1]] = True
-        starts[0] = True
-        run_at = np.flatnonzero(starts)
-        run_counts = np.diff(run_at, append=len(positions)).tolist()
-        runs = zip(lanes[run_at].tolist(), offsets[run_at].tolist(), run_counts, strict=True)
-        for length in lengths.tolist():
-            step = Step()
-            while length > 0:
-                lane, offset, run = next(runs)
-                _follow(order, step, current, lane, offset, run)
-                length -= run
-            yield step
+        steps = _plan_group(order, assignment, current, first, count, per_step)
+        if first + count == assignment.num_batches:
+            yield from _close_all(list(steps), current)
+        else:
+            yield from steps
+
+
+def _plan_group(
+    order: EpochOrder,
+    assignment: Assignment,
+    current: dict[int, Visit],
+    first: int,
+    count: int,
+    per_step: int,
+) -> Iterator[Step]:
+    positions, lengths = assignment.positions(first, count)
+    lengths = np.add.reduceat(lengths, np.arange(0, count, per_step))
+    lanes, offsets = order.locate(positions)
+    is_start = np.ones(len(positions), dtype=bool)
+    is_start[1:] = (np.diff(lanes) != 0) | (np.diff(offsets) != 1)
+    is_start[np.cumsum(lengths)[:-1]] = True
+    run_at = np.flatnonzero(is_start)
+    run_lengths = np.diff(run_at, append=len(positions)).tolist()
+    runs = zip(lanes[run_at].tolist(), offsets[run_at].tolist(), run_lengths, strict=True)
+    for length in lengths.tolist():
+        step = Step()
+        while length > 0:
+            lane, offset, run = next(runs)
+            _follow(order, step, current, lane, offset, run)
+            length -= run
+        yield step
+
+
+def _close_all(steps: list[Step], current: dict[int, Visit]) -> list[Step]:
+    """Return the last *steps* of a schedule, with the visits that are still open closed from the first of them on.
+
+    At the end of an epoch a reader passes through the tails of many lanes; none may keep its block until the end.
+    """
     for visit in current.values():
         visit.closed = True
+    steps[0].closed.extend(current.values())
+    return steps
 
 
 def _follow(order: EpochOrder, step: Step, current: dict[int, Visit], lane: int, offset: int, count: int) -> None:
@@ -81,6 +113,7 @@ def _follow(order: EpochOrder, step: Step, current: dict[int, Visit], lane: int,
         if visit is None or not visit.block.start <= offset < visit.block.stop:
             if visit is not None:
                 visit.closed = True
+                step.closed.append(visit)
             visit = current[lane] = Visit(order.block_at(lane, offset))
             step.opened.append(visit)
         taken = min(count, visit.block.stop - offset)

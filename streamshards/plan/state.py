@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import Any, Final
 
 from streamshards.errors import OptionInvalid, ResumeMismatch
+from streamshards.plan.assignment import Assignment
 from streamshards.plan.order import OrderSettings
 
 STATE_VERSION: Final = 1
@@ -25,6 +26,10 @@ class State:
     fingerprint: str
     """Names the dataset's content."""
     order: OrderSettings
+    worker_batches: int = 0
+    """Only in the state of a single DataLoader worker: batches it delivered from *position* on."""
+    num_workers: int = 1
+    """Only in the state of a single DataLoader worker: how many there were."""
 
     def to_dict(self) -> dict[str, Any]:
         """Return a fresh flat dict of JSON values, under 1 KiB as JSON."""
@@ -35,6 +40,7 @@ class State:
             "num_samples": self.num_samples,
             "fingerprint": self.fingerprint,
             **asdict(self.order),
+            **({"worker_batches": self.worker_batches, "num_workers": self.num_workers} if self.worker_batches else {}),
         }
 
     @classmethod
@@ -54,8 +60,10 @@ class State:
         missing = [name for name in (*_INTEGERS, "fingerprint", "shuffle") if name not in state]
         if missing:
             raise ResumeMismatch(f"the state lacks {', '.join(missing)}; pass what state_dict() returned, unchanged")
-        for name in _INTEGERS:
-            value = state[name]
+        numbers = {name: state[name] for name in _INTEGERS}
+        numbers["worker_batches"] = state.get("worker_batches", 0)
+        numbers["num_workers"] = state.get("num_workers", 1)
+        for name, value in numbers.items():
             if not isinstance(value, int) or isinstance(value, bool) or value < 0:
                 raise ResumeMismatch(f"the state's {name} is {value!r}, not a whole number of 0 or more")
         if version != STATE_VERSION:
@@ -78,7 +86,31 @@ class State:
             num_samples=state["num_samples"],
             fingerprint=str(state["fingerprint"]),
             order=order,
+            worker_batches=numbers["worker_batches"],
+            num_workers=numbers["num_workers"],
         )
+
+    def after(self, assignment: Assignment, batches: int) -> State:
+        """Return the state once the reader of *assignment*, which began here, has handed out *batches* batches."""
+        if assignment.topology.num_workers == 1:
+            return replace(self, position=assignment.position_after(batches))
+        return replace(
+            self,
+            worker_batches=self.worker_batches + batches,
+            num_workers=assignment.topology.num_workers,
+        )
+
+    def require_workers(self, num_workers: int) -> None:
+        """Check that *num_workers* readers can go on from here.
+
+        Raises:
+            ResumeMismatch: It is the state of one worker of another number of them.
+        """
+        if self.worker_batches and self.num_workers != num_workers:
+            raise ResumeMismatch(
+                f"the state is that of one of {self.num_workers} DataLoader workers, there are {num_workers} here; "
+                "use as many, or take states from StreamingDataLoader: those load on any number"
+            )
 
     def require_match(self, *, url: str, fingerprint: str, num_samples: int, seed: int, shuffle: bool) -> None:
         """Check that this state belongs to the dataset that is open.

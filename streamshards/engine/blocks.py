@@ -1,0 +1,170 @@
+"""Blocks: the pieces of some shards, decoded side by side into one set of columns, with their shuffled row order.
+
+Loading has two phases, because the size of ragged columns is only known from the shards themselves: *open* each piece
+(fetch, verify, read offsets), then allocate the block's columns once and *fill* each piece in place.
+
+Lost rows. A piece whose shard is corrupt or missing leaves its rows' places empty. They are refilled by rows drawn,
+with a key, from the surviving rows of the same block; if none survived, from the lane's next block that has survivors
+(cyclically). The draw depends on the order, and on which shards are bad, and on nothing else: so every reader on every
+topology puts the same rows in the same places, and the number of batches never changes.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+import torch
+
+from streamshards.errors import ShardCorrupt, ShardMissing
+from streamshards.plan.order import Block, Draw, EpochOrder, Piece, philox_words
+from streamshards.shard.data import ColumnData, Columns, part_dtype, part_shape
+from streamshards.shard.reader import ShardReader, empty
+from streamshards.shard.schema import Field, Path, Schema
+
+
+@dataclass(frozen=True, slots=True)
+class LoadedBlock:
+    """What batches are gathered from."""
+
+    columns: Columns
+    index: torch.Tensor
+    """int64 ``(rows of the block,)``: for each lane offset of the block in order, its row in *columns*."""
+
+
+@dataclass(slots=True)
+class OpenPiece:
+    """A piece of a block whose shard has been verified, or is lost."""
+
+    piece: Piece
+    reader: ShardReader | None
+    """None: the shard is lost."""
+    offsets: dict[Path, torch.Tensor] = field(default_factory=dict)
+    """For each ragged field: where the piece's rows begin in its values, int64 (rows + 1,), from 0."""
+    cause: ShardCorrupt | ShardMissing | None = None
+
+    def lose(self, cause: ShardCorrupt | ShardMissing) -> None:
+        """Give the piece up: its rows will not be delivered."""
+        self.reader = None
+        self.cause = cause
+
+
+def open_piece(piece: Piece, reader: ShardReader, schema: Schema) -> OpenPiece:
+    """Return *piece* with what is needed to allocate its block.
+
+    Raises:
+        ShardCorrupt: The shard's offsets do not hold.
+    """
+    opened = OpenPiece(piece, reader)
+    for column in schema.fields:
+        if "offsets" in column.parts:
+            opened.offsets[column.path] = reader.offsets(column, piece.lo, piece.hi)
+    return opened
+
+
+class BlockBuffers:
+    """The columns of one block, being filled.
+
+    Args:
+        schema: The fields to read.
+        pieces: All pieces of the block, opened or lost, in tape order.
+    """
+
+    def __init__(self, schema: Schema, pieces: Sequence[OpenPiece]) -> None:
+        self.pieces = list(pieces)
+        self._first_rows = [0]
+        for opened in self.pieces:
+            self._first_rows.append(self._first_rows[-1] + opened.piece.num_rows)
+        num_rows = self._first_rows[-1]
+        self._first_items: dict[Path, list[int]] = {}
+        self.columns = Columns(schema, num_rows, {f.path: self._allocate(f, num_rows) for f in schema.fields})
+
+    def fill(self, number: int) -> None:
+        """Decode piece *number* into its place. Different pieces may be filled on different threads.
+
+        Raises:
+            ShardCorrupt: It does not decode; its rows then hold anything.
+        """
+        opened = self.pieces[number]
+        if opened.reader is None:
+            return
+        piece = opened.piece
+        first = self._first_rows[number]
+        for column in self.columns.schema.fields:
+            for part in column.parts:
+                if part == "offsets":
+                    continue
+                whole = self.columns.data[column.path].part(part)
+                if part == "values" and column.path in self._first_items:
+                    lo, hi = self._first_items[column.path][number : number + 2]
+                else:
+                    lo, hi = first, first + piece.num_rows
+                opened.reader.read_into(column, part, piece.lo, piece.hi, whole[lo:hi])
+
+    def surviving_rows(self) -> torch.Tensor:
+        """Return the rows of the columns that hold data, int64, ascending."""
+        kept = [
+            torch.arange(first, first + opened.piece.num_rows)
+            for opened, first in zip(self.pieces, self._first_rows, strict=False)
+            if opened.reader is not None
+        ]
+        return torch.cat(kept) if kept else torch.empty(0, dtype=torch.int64)
+
+    def _allocate(self, column: Field, num_rows: int) -> ColumnData:
+        data = ColumnData(torch.empty(0, dtype=torch.uint8))
+        total = 0
+        if "offsets" in column.parts:
+            data.offsets = self._join_offsets(column.path, num_rows)
+            total = int(data.offsets[-1])
+        for part in column.parts:
+            if part != "offsets":
+                shape, dtype = part_shape(column, part, num_rows, total), part_dtype(column, part)
+                setattr(data, part, empty(shape, dtype))
+        return data
+
+    def _join_offsets(self, path: Path, num_rows: int) -> torch.Tensor:
+        offsets = torch.zeros(num_rows + 1, dtype=torch.int64)
+        items = [0]
+        for opened, first in zip(self.pieces, self._first_rows, strict=False):
+            until = first + opened.piece.num_rows
+            if opened.reader is None:
+                offsets[first + 1 : until + 1] = items[-1]
+            else:
+                torch.add(opened.offsets[path][1:], items[-1], out=offsets[first + 1 : until + 1])
+            items.append(int(offsets[until]))
+        self._first_items[path] = items
+        return offsets
+
+
+def finish(order: EpochOrder, block: Block, buffers: BlockBuffers) -> LoadedBlock | None:
+    """Return the filled block in its shuffled order, lost rows refilled from its surviving ones; None if none did."""
+    index = torch.from_numpy(order.permutation(block))
+    if all(opened.reader is not None for opened in buffers.pieces):
+        return LoadedBlock(buffers.columns, index)
+    survivors = buffers.surviving_rows()
+    if not len(survivors):
+        return None
+    is_lost = torch.ones(block.num_rows, dtype=torch.bool)
+    is_lost[survivors] = False
+    places = is_lost[index]
+    index[places] = draw_refill(order, block, survivors, int(places.sum()))
+    return LoadedBlock(buffers.columns, index)
+
+
+def refill_from(order: EpochOrder, block: Block, donor: LoadedBlock) -> LoadedBlock:
+    """Return *block*, all of whose rows are lost, refilled from the rows of another block of its lane."""
+    survivors = torch.unique(donor.index)
+    return LoadedBlock(donor.columns, draw_refill(order, block, survivors, block.num_rows))
+
+
+def draw_refill(order: EpochOrder, block: Block, survivors: torch.Tensor, count: int) -> torch.Tensor:
+    """Return *count* of *survivors*, drawn with replacement under the block's key: int64 ``(count,)``."""
+    words = philox_words(
+        count,
+        seed=order.settings.seed,
+        epoch=order.epoch,
+        draw=Draw.REFILL,
+        lane=block.lane,
+        block=block.number,
+    )
+    return survivors[torch.from_numpy((words % len(survivors)).astype("int64"))]

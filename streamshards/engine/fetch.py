@@ -1,0 +1,174 @@
+"""One shard: from the store to verified, readable bytes, or a typed failure. The policy of docs/guarantees.md.
+
+====================================  ===========  ==================================================================
+what happened                         class        what we do
+====================================  ===========  ==================================================================
+timeout, reset, 429, 5xx, DNS         transient    the whole object again, until ``deadline_s``; never skipped
+wrong length, digest or structure     corrupt      fetched anew, ``corrupt_attempts`` times in all; then ShardCorrupt
+no such object                        missing      looked for once more after a second; then ShardMissing
+401, 403, expired token               denied       AccessDenied at once
+====================================  ===========  ==================================================================
+"""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable
+from typing import Final
+
+from streamshards.clock import Clock
+from streamshards.engine.retry import Cancelled, with_retries
+from streamshards.errors import ObjectMissing, SampleInvalid, ShardCorrupt, ShardMissing
+from streamshards.events import Counters, Event, FetchRetried
+from streamshards.options import RetryOptions
+from streamshards.plan.index import Index
+from streamshards.shard.layouts import columns_of, load_foreign
+from streamshards.shard.payload import FramedShard, digest_of
+from streamshards.shard.reader import LoadedShard, ShardReader
+from streamshards.shard.schema import Schema
+from streamshards.storage.store import Store
+
+_MISSING_RECHECK_S: Final = 1.0
+"""A store that lists before it serves catches up within this; a shard that is really gone costs one second."""
+
+
+class Fetcher:
+    """Fetches shards of one dataset, on any number of threads.
+
+    Args:
+        store: Where the shards are.
+        index: What they must be.
+        schema: The dataset's schema; foreign files are read into it.
+        retry: How long to try.
+        clock: Time.
+        cancelled: Set by the owner to stop every wait at once.
+        counters: Where bytes and times are counted.
+        emit: Receives each event.
+        trust_pickle: Allow foreign ``.pt`` files to run code.
+    """
+
+    def __init__(
+        self,
+        store: Store,
+        index: Index,
+        schema: Schema,
+        *,
+        retry: RetryOptions,
+        clock: Clock,
+        cancelled: threading.Event,
+        counters: Counters,
+        emit: Callable[[Event], None],
+        trust_pickle: bool = False,
+    ) -> None:
+        self._store = store
+        self._index = index
+        self._schema = schema
+        self._retry = retry
+        self._clock = clock
+        self._cancelled = cancelled
+        self._counters = counters
+        self._emit = emit
+        self._trust_pickle = trust_pickle
+        self._bad: dict[int, ShardCorrupt | ShardMissing] = {}
+
+    def url_of(self, shard: int) -> str:
+        """Return the url of shard number *shard*, for messages."""
+        return f"{self._store.url}/{self._index.names[shard]}"
+
+    def fetch(self, shard: int) -> ShardReader:
+        """Return shard number *shard*, its bytes verified against the index.
+
+        Raises:
+            ShardCorrupt: Its bytes are not what the index promises, after ``corrupt_attempts`` fetches.
+            ShardMissing: The store does not have it.
+            StoreUnavailable: The store failed for ``deadline_s``.
+            AccessDenied: The store refused us.
+            Cancelled: The owner gave up.
+        """
+        known = self._bad.get(shard)
+        if known is not None:
+            raise type(known)(str(known)) from known
+        try:
+            return self._fetch(shard)
+        except (ShardCorrupt, ShardMissing) as error:
+            self._bad[shard] = error
+            raise
+
+    def _fetch(self, shard: int) -> ShardReader:
+        attempt = 1
+        while True:
+            data = self._get(shard)
+            try:
+                return self._open(shard, data)
+            except ShardCorrupt as error:
+                if attempt >= self._retry.corrupt_attempts:
+                    raise
+                wait_s = self._clock.jitter(self._retry.base_s)
+                self._emit(FetchRetried(self.url_of(shard), attempt, wait_s, str(error)))
+                if self._clock.wait(self._cancelled, wait_s):
+                    raise Cancelled from None
+                attempt += 1
+
+    def _get(self, shard: int) -> bytes:
+        started = self._clock.now()
+        try:
+            data = self._get_once_more_if_missing(shard)
+        finally:
+            self._counters.add(fetch_ns=int((self._clock.now() - started) * 1e9))
+        self._counters.add(shards_read=1, bytes_read=len(data))
+        return data
+
+    def _get_once_more_if_missing(self, shard: int) -> bytes:
+        try:
+            return self._get_with_retries(shard)
+        except ObjectMissing as error:
+            self._emit(FetchRetried(self.url_of(shard), 1, _MISSING_RECHECK_S, str(error)))
+        if self._clock.wait(self._cancelled, _MISSING_RECHECK_S):
+            raise Cancelled
+        try:
+            return self._get_with_retries(shard)
+        except ObjectMissing as error:
+            raise ShardMissing(
+                f"{self.url_of(shard)}: the index names this shard, the store does not have it; "
+                f'run "streamshards verify {self._store.url}" to list all such shards'
+            ) from error
+
+    def _get_with_retries(self, shard: int) -> bytes:
+        name = self._index.names[shard]
+        # One byte more than promised, so that an object that grew is told from one that is right.
+        max_bytes = int(self._index.sizes[shard]) + 1
+        return with_retries(
+            lambda timeout_s: self._store.get(name, timeout_s=timeout_s, max_bytes=max_bytes),
+            what=self.url_of(shard),
+            options=self._retry,
+            deadline_s=self._retry.deadline_s,
+            clock=self._clock,
+            cancelled=self._cancelled,
+            on_retry=self._emit,
+        )
+
+    def _open(self, shard: int, data: bytes) -> ShardReader:
+        url, promised = self.url_of(shard), int(self._index.sizes[shard])
+        if len(data) != promised:
+            raise ShardCorrupt(f"{url}: {promised:,} bytes promised by the index, {len(data):,} received")
+        digest = digest_of(data)
+        if digest != self._index.digests[shard]:
+            raise ShardCorrupt(f"{url}: digest {digest}, the index promises {self._index.digests[shard]}")
+        raw_bytes = int(self._index.raw_sizes[shard])
+        reader: ShardReader
+        if self._index.layout == "shard":
+            reader = FramedShard(data, name=url, max_raw_bytes=raw_bytes)
+        else:
+            reader = self._open_foreign(url, data, raw_bytes)
+        rows = int(self._index.rows[shard])
+        if reader.num_rows != rows:
+            raise ShardCorrupt(f"{url}: {rows:,} rows promised by the index, {reader.num_rows:,} found")
+        return reader
+
+    def _open_foreign(self, url: str, data: bytes, raw_bytes: int) -> ShardReader:
+        payload = load_foreign(data, name=url, max_raw_bytes=raw_bytes, trust_pickle=self._trust_pickle)
+        try:
+            _, columns = columns_of(payload, layout=self._index.layout, schema=self._schema)
+        except SampleInvalid as error:
+            raise ShardCorrupt(f"{url}: not what the index was made from: {error}") from error
+        return LoadedShard(columns, url)

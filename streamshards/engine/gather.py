@@ -1,0 +1,104 @@
+"""Batches out of blocks: one ``index_select`` per column and block, straight into the batch's own memory."""
+
+from __future__ import annotations
+
+from typing import Final
+
+import torch
+
+from streamshards.shard.data import ColumnData, Columns, part_dtype, part_shape
+from streamshards.shard.schema import Field, Part, Path, Schema
+
+_COPY_DTYPES: Final = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64, 16: torch.complex128}
+"""A dtype of each item size that every torch can index: not all can index float8, uint16 or complex32."""
+
+_LONG_ROW_BYTES: Final = 512
+"""From this mean length on, ragged rows are copied one by one (about 1 µs each); shorter ones through an index of
+8 bytes an item, which is faster as long as an item-wise copy costs less than a Python call."""
+
+
+class BatchBuilder:
+    """A batch being gathered, row by row in order, into memory that nothing else refers to.
+
+    Args:
+        schema: The fields to gather.
+        num_rows: Rows of the batch.
+    """
+
+    def __init__(self, schema: Schema, num_rows: int) -> None:
+        self._schema = schema
+        self._num_rows = num_rows
+        self._filled = 0
+        self._fixed = [(field, part) for field in schema.fields for part in field.parts if _is_fixed(field, part)]
+        self._out = {
+            (field.path, part): torch.empty(part_shape(field, part, num_rows, 0), dtype=part_dtype(field, part))
+            for field, part in self._fixed
+        }
+        self._ragged = [field for field in schema.fields if "offsets" in field.parts]
+        self._spans: dict[Path, list[tuple[torch.Tensor, torch.Tensor]]] = {field.path: [] for field in self._ragged}
+
+    def add(self, columns: Columns, index: torch.Tensor) -> None:
+        """Append rows *index* (int64, in this order) of *columns*."""
+        until = self._filled + len(index)
+        for field, part in self._fixed:
+            out = self._out[field.path, part][self._filled : until]
+            _select(columns.data[field.path].part(part), index, out)
+        for field in self._ragged:
+            self._spans[field.path].append(_gather_spans(columns.data[field.path], index))
+        self._filled = until
+
+    def finish(self) -> Columns:
+        """Return the batch; all its rows must have been added."""
+        return Columns(self._schema, self._num_rows, {field.path: self._finish(field) for field in self._schema.fields})
+
+    def _finish(self, field: Field) -> ColumnData:
+        data = ColumnData(torch.empty(0, dtype=torch.uint8))
+        for part in field.parts:
+            if _is_fixed(field, part):
+                setattr(data, part, self._out[field.path, part])
+        if "offsets" in field.parts:
+            spans = self._spans[field.path]
+            data.values = spans[0][0] if len(spans) == 1 else _join([values for values, _ in spans])
+            data.offsets = torch.zeros(self._num_rows + 1, dtype=torch.int64)
+            torch.cumsum(torch.cat([lengths for _, lengths in spans]), dim=0, out=data.offsets[1:])
+        return data
+
+
+def _is_fixed(field: Field, part: Part) -> bool:
+    """Return whether each row takes the same room in that part."""
+    return part in ("shapes", "present") or (part == "values" and field.kind == "tensor")
+
+
+def _select(values: torch.Tensor, index: torch.Tensor, out: torch.Tensor) -> None:
+    if out.numel():
+        plain = _COPY_DTYPES[values.itemsize]
+        torch.index_select(values.view(plain), 0, index, out=out.view(plain))
+
+
+def _join(values: list[torch.Tensor]) -> torch.Tensor:
+    plain = _COPY_DTYPES[values[0].itemsize]
+    return torch.cat([part.view(plain) for part in values]).view(values[0].dtype)
+
+
+def _gather_spans(data: ColumnData, index: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Return the values of some ragged rows, one after the other in fresh memory, and each row's length."""
+    offsets = data.part("offsets")
+    starts = offsets[index]
+    lengths = offsets[index + 1] - starts
+    out = torch.empty((int(lengths.sum()), *data.values.shape[1:]), dtype=data.values.dtype)
+    if out.numel():
+        _select_spans(data.values, starts, lengths, out)
+    return out, lengths
+
+
+def _select_spans(values: torch.Tensor, starts: torch.Tensor, lengths: torch.Tensor, out: torch.Tensor) -> None:
+    """Copy the spans ``values[start : start + length]`` into *out*, one after the other."""
+    plain = _COPY_DTYPES[values.itemsize]
+    values, out = values.view(plain), out.view(plain)
+    if out.nbytes >= _LONG_ROW_BYTES * len(starts):
+        ends = starts + lengths
+        torch.cat([values[lo:hi] for lo, hi in zip(starts.tolist(), ends.tolist(), strict=True)], out=out)
+        return
+    before = torch.cumsum(lengths, dim=0) - lengths
+    index = torch.arange(len(out)) + torch.repeat_interleave(starts - before, lengths)
+    torch.index_select(values, 0, index, out=out)

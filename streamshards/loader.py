@@ -1,0 +1,167 @@
+"""StreamingDataLoader: a torch DataLoader whose state is what the training loop received, however far workers ran."""
+
+from __future__ import annotations
+
+import weakref
+from collections.abc import Iterator, Mapping
+from typing import Any, Final
+
+from torch.utils.data import DataLoader, IterableDataset
+
+from streamshards.dataset import StreamingDataset
+from streamshards.errors import OptionInvalid
+from streamshards.plan.assignment import Assignment
+from streamshards.plan.state import State
+from streamshards.plan.topology import Topology
+from streamshards.runtime import SharedStart, Start, current_rank, current_slot, current_worker
+
+_DATASET_DECIDES: Final = ("batch_size", "shuffle", "sampler", "batch_sampler", "drop_last", "collate_fn")
+
+
+class StreamingDataLoader(DataLoader[Any]):
+    """Iterates over a :class:`StreamingDataset` in worker processes, or in this one, and knows exactly where it is.
+
+    Each iteration is the next epoch: 0, 1, 2, … or what ``dataset.set_epoch`` or ``load_state_dict`` said.
+
+    Args:
+        dataset: What to iterate over; it makes the batches.
+        num_workers: Worker processes. 0 reads on threads of this process, which is often the fastest.
+        **options: As for ``torch.utils.data.DataLoader``: ``pin_memory``, ``prefetch_factor``, ``persistent_workers``,
+            ``multiprocessing_context``, ``timeout``, ``worker_init_fn``, …
+
+    Raises:
+        OptionInvalid: An option that the dataset decides: batch_size, shuffle, sampler, drop_last, collate_fn.
+    """
+
+    def __init__(self, dataset: StreamingDataset, *, num_workers: int = 0, **options: Any) -> None:
+        if not isinstance(dataset, StreamingDataset):
+            raise OptionInvalid(f"StreamingDataLoader iterates a StreamingDataset, not a {type(dataset).__name__}")
+        misplaced = [name for name in _DATASET_DECIDES if name in options]
+        if misplaced:
+            raise OptionInvalid(f"{', '.join(misplaced)}: say it to the StreamingDataset, which makes the batches")
+        self._streaming = dataset
+        self._view = _View(dataset)
+        self._seen_generation = dataset._start.generation
+        self._next = dataset._start.peek(0)
+        self._latest: State | None = None
+        self._current: weakref.ref[_CountingIterator] | None = None
+        super().__init__(self._view, batch_size=None, num_workers=num_workers, collate_fn=_identity, **options)
+
+    def __iter__(self) -> Iterator[Any]:  # type: ignore[override]  # torch names its own private iterator class
+        start = self._upcoming()
+        topology = self._topology()
+        state = self._streaming._state(start, topology.with_worker(0, max(1, self.num_workers)))
+        self._view.begin(start._replace(order=state.order), topology)
+        self._next = Start(start.epoch + 1, 0, 0, state.order)
+        self._latest = state
+        iterator = _CountingIterator(self, super().__iter__(), self._streaming._assignment(topology, start.position))
+        self._current = weakref.ref(iterator)
+        return iterator
+
+    def __len__(self) -> int:
+        """Return how many batches the iteration at hand yields, or else the next one. Exact, and equal on all ranks."""
+        iterator = None if self._current is None else self._current()
+        if iterator is not None and not iterator.is_over:
+            return iterator.assignment.rank_batches
+        return self._streaming._assignment(self._topology(), self._upcoming().position).rank_batches
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return the place after the last batch that this loader handed out, as a small flat dict of JSON values.
+
+        It is the same on every rank, needs no answer from workers, and loads on any number of ranks and workers.
+        """
+        upcoming = self._upcoming()
+        if self._latest is not None:
+            return self._latest.to_dict()
+        return self._streaming._state(upcoming, self._topology().with_worker(0, max(1, self.num_workers))).to_dict()
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Let the next iteration go on from *state*; later ones follow with the next epochs.
+
+        Raises:
+            ResumeMismatch: It is not a state of this dataset and these order settings.
+        """
+        loaded = self._streaming._checked(state)
+        loaded.require_workers(1)
+        self._seen_generation = self._streaming._start.generation
+        self._next = Start(loaded.epoch, loaded.position, 0, loaded.order)
+        self._latest = None
+
+    def _upcoming(self) -> Start:
+        """Return where the next iteration begins; what was said to the dataset since we last looked goes first."""
+        dataset_start = self._streaming._start
+        if dataset_start.generation != self._seen_generation:
+            self._seen_generation = dataset_start.generation
+            said = dataset_start.peek(0)
+            resumes_in_it = said.epoch == self._next.epoch and self._next.position > 0 and said.position == 0
+            if not resumes_in_it:
+                self._next = said._replace(order=said.order or self._next.order)
+            self._latest = None
+        return self._next
+
+    def _topology(self) -> Topology:
+        return current_rank(self._streaming._chosen_rank)
+
+    def _received(self, assignment: Assignment, start: State, batches: int) -> None:
+        self._latest = start.after(assignment, batches)
+
+    def __repr__(self) -> str:
+        return f"StreamingDataLoader({self._streaming!r}, num_workers={self.num_workers}, batches={len(self)})"
+
+
+class _CountingIterator:
+    """Counts what the training loop receives, in the main process."""
+
+    def __init__(self, loader: StreamingDataLoader, batches: Iterator[Any], assignment: Assignment) -> None:
+        self.assignment = assignment
+        self.is_over = False
+        self._loader = loader
+        self._batches = batches
+        assert loader._latest is not None  # set just before
+        self._start = loader._latest
+        self._received = 0
+
+    def __iter__(self) -> _CountingIterator:
+        return self
+
+    def __next__(self) -> Any:
+        try:
+            batch = next(self._batches)
+        except StopIteration:
+            self.is_over = True
+            raise
+        self._received += 1
+        self._loader._received(self.assignment, self._start, self._received)
+        return batch
+
+
+class _View(IterableDataset[Any]):
+    """The dataset as one loader's workers see it: they begin where the loader says, not where the dataset stands."""
+
+    def __init__(self, dataset: StreamingDataset) -> None:
+        self.dataset = dataset
+        self._start = SharedStart(seed=dataset.seed, shuffle=dataset.shuffle)
+        self._rank = Topology()
+
+    def begin(self, start: Start, rank: Topology) -> None:
+        """Let every worker's next iteration begin at *start*."""
+        self._rank = rank
+        self._start.restart(start.epoch, position=start.position, order=start.order)
+
+    def __iter__(self) -> Iterator[Any]:
+        slot = current_slot()
+        topology = self._rank.with_worker(*(current_worker() or (0, 1)))
+        return self.dataset._iterate(self._start.take(slot), topology, slot)
+
+    def __getattr__(self, name: str) -> Any:
+        # ``loader.dataset.set_epoch(…)`` and the like mean the dataset.
+        if name.startswith("_"):
+            raise AttributeError(name)
+        return getattr(self.dataset, name)
+
+    def __len__(self) -> int:
+        return len(self.dataset)
+
+
+def _identity(batch: Any) -> Any:
+    return batch
