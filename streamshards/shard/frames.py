@@ -289,6 +289,11 @@ class FrameReader:
         return ShardCorrupt(f"{self.name}: {text}")
 
 
+def deflate(data: bytes) -> bytes:
+    """Return *data* as one zstd frame with content size and checksum; ``inflate`` gives it back."""
+    return zstandard.ZstdCompressor(level=3, write_checksum=True, write_content_size=True).compress(data)
+
+
 def inflate(data: bytes | memoryview, *, name: str, max_raw_bytes: int) -> bytearray:
     """Return everything that any zstd file holds: one or more frames, anyone's.
 
