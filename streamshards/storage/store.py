@@ -1,0 +1,66 @@
+"""What the rest of the house may ask of a store, and what a key may look like."""
+
+from __future__ import annotations
+
+from typing import Protocol
+
+from streamshards.errors import OptionInvalid
+
+
+class Store(Protocol):
+    """A folder of objects under one url. Every method makes one attempt; retrying is the engine's business.
+
+    Raises (all methods):
+        StoreUnavailable: No or no complete answer, or "not now"; the one worth trying again.
+        ObjectMissing: No such object, or no such bucket.
+        AccessDenied: No credentials, refused ones, or a file we may not touch.
+        OptionInvalid: A key that is no key, or an option the filesystem does not take.
+        StoreError: Anything else; the message says what next.
+
+    Guarantees: thread-safe, picklable, and usable after a fork. No credentials in any message or repr.
+    """
+
+    url: str
+    """Where the store is, canonical and without credentials; for messages."""
+
+    def get(self, key: str, *, timeout_s: float, max_bytes: int) -> bytes:
+        """Return the whole object.
+
+        Args:
+            key: As in :func:`check_key`.
+            timeout_s: Abandon the request after this long. A local disk cannot be abandoned.
+            max_bytes: An object longer than this is a ``StoreError``, raised before its bytes are taken into memory.
+        """
+
+    def put(self, key: str, data: bytes | memoryview, *, timeout_s: float, if_absent: bool = False) -> None:
+        """Store *data* under *key*, replacing what was there; a reader sees the old object or the new, never a part.
+
+        Args:
+            key: As in :func:`check_key`.
+            data: Any contiguous bytes.
+            timeout_s: Abandon the request after this long; whether the object arrived is then unknown.
+            if_absent: Raise ``ObjectExists`` instead of replacing. Exclusive on disks, in memory and on S3 servers
+                that honour ``If-None-Match`` (AWS, SeaweedFS, moto); others (JuiceFS) only see a check just before
+                the write. After an attempt whose answer was lost, the object that exists may be one's own.
+        """
+
+    def delete(self, key: str) -> None:
+        """Remove the object; no error if there is none."""
+
+    def list(self, prefix: str = "") -> list[tuple[str, int]]:
+        """Return ``(key, size in bytes)`` of every object whose key starts with *prefix*, sorted by key.
+
+        Recursive, and never from a listings cache. A folder that is not there has no objects.
+        """
+
+
+def check_key(key: str) -> str:
+    """Return *key* if it names something inside a store: relative, posix, ``a/b.pt.zst``.
+
+    Raises:
+        OptionInvalid: Empty, absolute, or with ``..``, ``.``, an empty part, a backslash or a control character.
+    """
+    parts = key.split("/")
+    if not key or "\\" in key or any(ord(c) < 32 or ord(c) == 127 for c in key) or {"", ".", ".."} & set(parts):
+        raise OptionInvalid(f'{key!r} is not a key; keys are relative and posix, like "parts/shard-00001.pt.zst"')
+    return key
