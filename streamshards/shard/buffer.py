@@ -25,6 +25,10 @@ from streamshards.shard.values import (
     tensor_of,
 )
 
+_NUMPY_DTYPES = {
+    **{name: np.dtype(name) for name in ("bool", "float16", "float32", "float64", "complex64", "complex128")},
+    **{f"{sign}int{size}": np.dtype(f"{sign}int{size}") for sign in ("", "u") for size in (8, 16, 32, 64)},
+}
 _PYTHON_TYPES: dict[str, type] = {"int": int, "float": float, "bool": bool, "complex": complex}
 
 
@@ -151,8 +155,12 @@ class _Column:
     """One field's rows: pieces that are ready, then single rows."""
 
     def __init__(self, field: Field, *, is_new: bool = False) -> None:
-        self.field = field
+        self.field = Field(field.path, "null", optional=True)
         self.nbytes = 0
+        self._shape: tuple[int | None, ...] | None = None
+        self._torch_dtype: torch.dtype | None = None
+        self._numpy_dtype: np.dtype[Any] | None = None
+        self._become(field)
         self._is_new = is_new
         self._pieces: list[_Piece] = []
         self._rows: list[Stored] = []
@@ -177,14 +185,12 @@ class _Column:
         return self._joined(piece.field), piece
 
     def add_row(self, field: Field, stored: Stored) -> None:
-        self.field = field
-        self._is_new = False
+        self._become(field)
         self._rows.append(stored)
         self.nbytes += size_of(stored)
 
     def add_piece(self, field: Field, piece: _Piece) -> None:
-        self.field = field
-        self._is_new = False
+        self._become(field)
         self._flush()
         self._pieces.append(piece)
         self.nbytes += piece.data.nbytes
@@ -203,19 +209,39 @@ class _Column:
 
     def _quick(self, value: object) -> Stored:
         """Return the stored value if it is plainly of this field's type and sizes, else None."""
-        field = self.field
-        if isinstance(value, (torch.Tensor, np.ndarray)):
-            if field.shape is None or field.python is not None or not _fits(value.shape, field.shape):
-                return None
-            tensor = _named(self.field, value)
-            return tensor if tensor.dtype == field.torch_dtype else None
+        field, kind = self.field, type(value)
+        if kind is torch.Tensor or kind is np.ndarray:
+            return self._quick_tensor(value)  # type: ignore[arg-type] # its type was just compared
         if field.python is not None:
-            if type(value) is not _PYTHON_TYPES[field.python]:
+            if kind is not _PYTHON_TYPES[field.python]:
                 return None
-            return _named_int64(field, value) if type(value) is int else value  # type: ignore[return-value] # its type was just compared
-        if type(value) is str and field.kind == "str" and value.isascii():
-            return value.encode("ascii")
-        return value if type(value) is bytes and field.kind == "bytes" else None
+            return _named_int64(field, value) if kind is int else value  # type: ignore[arg-type,return-value] # as above
+        if kind is str and field.kind == "str" and value.isascii():  # type: ignore[attr-defined] # as above
+            return value.encode("ascii")  # type: ignore[attr-defined,no-any-return] # as above
+        return value if kind is bytes and field.kind == "bytes" else None  # type: ignore[return-value] # as above
+
+    def _quick_tensor(self, value: torch.Tensor | np.ndarray[Any, Any]) -> torch.Tensor | None:
+        """Copy a plain tensor or array of just this column's dtype and shape; a third of the full way's time."""
+        if isinstance(value, np.ndarray):
+            if value.dtype != self._numpy_dtype or value.shape != self._shape:
+                return None
+            return torch.from_numpy(value.copy())
+        if value.dtype is not self._torch_dtype or value.is_nested or value.shape != self._shape:
+            return None
+        if value.requires_grad or value.layout is not torch.strided or value.is_conj() or value.is_neg():
+            return None
+        return value.clone(memory_format=torch.contiguous_format) if value.is_cpu else None
+
+    def _become(self, field: Field) -> None:
+        """Take *field* as what stands from now on."""
+        self._is_new = False
+        if field is self.field:
+            return
+        self.field = field
+        is_plain = field.kind == "tensor" and field.python is None
+        self._shape = field.shape if is_plain else None
+        self._torch_dtype = field.torch_dtype if is_plain else None
+        self._numpy_dtype = _NUMPY_DTYPES.get(field.dtype or "") if is_plain else None
 
     def _joined(self, field: Field) -> Field:
         if self._is_new:
@@ -300,10 +326,6 @@ def _offsets(lengths: list[int]) -> torch.Tensor:
     offsets = torch.zeros(len(lengths) + 1, dtype=torch.int64)
     torch.cumsum(torch.tensor(lengths, dtype=torch.int64), 0, out=offsets[1:])
     return offsets
-
-
-def _fits(shape: tuple[int, ...], sizes: tuple[int | None, ...]) -> bool:
-    return len(shape) == len(sizes) and all(size in (None, had) for had, size in zip(shape, sizes, strict=True))
 
 
 def _named(field: Field, value: torch.Tensor | np.ndarray[Any, Any]) -> torch.Tensor:

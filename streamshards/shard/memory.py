@@ -13,6 +13,9 @@ from streamshards.options import MiB
 LARGE_BYTES: Final = 4 * MiB
 """From here on a mapping of its own pays: below, malloc reuses warm memory; above, it would fault in anew anyway."""
 
+HUGE_PAGE_BYTES: Final = 2 * MiB
+"""Mappings are whole huge pages, so that the last part does not fault in 4 KiB at a time."""
+
 
 def allocate(nbytes: int) -> torch.Tensor:
     """Return a fresh uint8 tensor ``(nbytes,)``, its start aligned to 64 bytes.
@@ -23,7 +26,7 @@ def allocate(nbytes: int) -> torch.Tensor:
     """
     if nbytes < LARGE_BYTES:
         return torch.empty(nbytes, dtype=torch.uint8)
-    return torch.frombuffer(_map(nbytes), dtype=torch.uint8)
+    return torch.frombuffer(_map(-(-nbytes // HUGE_PAGE_BYTES) * HUGE_PAGE_BYTES), dtype=torch.uint8, count=nbytes)
 
 
 def _map(nbytes: int) -> mmap.mmap:

@@ -17,6 +17,19 @@ Stored: TypeAlias = "torch.Tensor | bytes | int | float | complex | None"
 """A tensor, encoded bytes, a Python scalar, or None where there is no value."""
 
 
+_LEAF_TYPES = {
+    torch.Tensor,
+    np.ndarray,
+    str,
+    bytes,
+    int,
+    float,
+    bool,
+    type(None),
+    list,
+}  # isinstance(…, Mapping) is slow
+
+
 def leaves_of(sample: Mapping[Any, Any]) -> tuple[dict[Path, Any], list[Path]]:
     """Return the leaves of nested dicts by path, in order, and the paths of empty dicts. Keys are not checked yet.
 
@@ -36,7 +49,8 @@ def _collect(node: Mapping[Any, Any], prefix: Path, leaves: dict[Path, Any], emp
         raise SampleInvalid(f"field {_dotted(prefix)!r}: dicts nested more than {MAX_DEPTH} deep")
     for key, value in node.items():
         path = (*prefix, key)
-        if not isinstance(value, Mapping):
+        kind = type(value)
+        if kind in _LEAF_TYPES or (kind is not dict and not isinstance(value, Mapping)):
             leaves[path] = value
         elif value:
             _collect(value, path, leaves, empty)
