@@ -161,13 +161,13 @@ class StreamingDataset(IterableDataset[Any]):
 
     def _forget_process(self) -> None:
         """Set what belongs to one process and is never carried to another."""
-        self._active: _Iterator | None = None
+        self._progress: _Progress | None = None
         self._access: _RandomAccess | None = None
 
     def __getstate__(self) -> dict[str, Any]:
         # A spawned worker has no process group: it must learn the rank from us.
         rank = self._chosen_rank or current_rank()
-        return {**self.__dict__, "_active": None, "_access": None, "_chosen_rank": rank}
+        return {**self.__dict__, "_progress": None, "_access": None, "_chosen_rank": rank}
 
     # -- what there is ---------------------------------------------------------------------------------------------
 
@@ -236,15 +236,15 @@ class StreamingDataset(IterableDataset[Any]):
         resumes_in_it = start.epoch == epoch and start.position + start.batches > 0
         if not resumes_in_it:
             self._start.restart(epoch)
-            self._active = None
+            self._progress = None
 
     def state_dict(self) -> dict[str, Any]:
         """Return where this dataset's latest iteration is, as a small flat dict of JSON values.
 
         It counts what ``next`` returned in this process. With DataLoader workers, ask the ``StreamingDataLoader``.
         """
-        if self._active is not None:
-            return self._active.state().to_dict()
+        if self._progress is not None:
+            return self._progress.state().to_dict()
         worker = current_worker()
         topology = current_rank(self._chosen_rank)
         return self._state(self._start.peek(current_slot()), topology.with_worker(*(worker or (0, 1)))).to_dict()
@@ -259,13 +259,15 @@ class StreamingDataset(IterableDataset[Any]):
         worker = current_worker()
         loaded.require_workers(1 if worker is None else worker[1])
         self._start.restart(loaded.epoch, position=loaded.position, batches=loaded.worker_batches, order=loaded.order)
-        self._active = None
+        self._progress = None
 
     def __iter__(self) -> Iterator[Any]:
         slot = current_slot()
         topology = current_rank(self._chosen_rank).with_worker(*(current_worker() or (0, 1)))
-        self._active = self._iterate(self._start.take(slot), topology, slot)
-        return self._active
+        iterator = self._iterate(self._start.take(slot), topology, slot)
+        # Not the iterator: whoever iterates owns it, and leaving the loop must be the end of its threads.
+        self._progress = iterator.progress
+        return iterator
 
     # -- for the loader --------------------------------------------------------------------------------------------
 
@@ -321,7 +323,7 @@ class StreamingDataset(IterableDataset[Any]):
                 f"{assignment.global_batch:,}. Use a smaller batch_size, or tail='pad'"
             )
         state = self._state(start, topology)
-        return _Iterator(self, assignment, state, self._stream(assignment, state, slot))
+        return _Iterator(self, _Progress(state, assignment), self._stream(assignment, state, slot))
 
     # -- wiring ----------------------------------------------------------------------------------------------------
 
@@ -411,16 +413,25 @@ class StreamingDataset(IterableDataset[Any]):
         return memory_bytes - reserved_bytes
 
 
+class _Progress:
+    """How much of one pass has been handed out."""
+
+    def __init__(self, start: State, assignment: Assignment) -> None:
+        self._start = start
+        self._assignment = assignment
+        self.batches = 0
+
+    def state(self) -> State:
+        """Return the place after the last item that was handed out."""
+        return self._start.after(self._assignment, self.batches)
+
+
 class _Iterator:
     """One pass of one reader. A class, not a generator: it survives an exception that the user's code catches."""
 
-    def __init__(
-        self, dataset: StreamingDataset, assignment: Assignment, start: State, stream: BatchStream[Any]
-    ) -> None:
-        self._assignment = assignment
-        self._start = start
+    def __init__(self, dataset: StreamingDataset, progress: _Progress, stream: BatchStream[Any]) -> None:
+        self.progress = progress
         self._stream = stream
-        self._batches_received = 0
         self._samples: Iterator[Any] = iter(())
         self._yields_samples = dataset.batch_size is None
         self._transform = dataset._transform
@@ -432,7 +443,7 @@ class _Iterator:
 
     def __next__(self) -> Any:
         item = self._next_sample() if self._yields_samples else self._stream.next()
-        self._batches_received += 1
+        self.progress.batches += 1
         if self._transform is not None:
             item = self._transform(item) if self._yields_samples else default_collate([*map(self._transform, item)])
         if self._batch_transform is not None:
@@ -444,10 +455,6 @@ class _Iterator:
             return sample
         self._samples = iter(self._stream.next())
         return next(self._samples)
-
-    def state(self) -> State:
-        """Return the place after the last item that was handed out."""
-        return self._start.after(self._assignment, self._batches_received)
 
 
 class _RandomAccess:
