@@ -11,12 +11,13 @@ import pytest
 import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from shard_cases import DTYPE_PARAMS, columns_of_samples, mixed_samples, random_tensor, same
 
 from streamshards.errors import SampleInvalid, ShardCorrupt
 from streamshards.shard.columns import RaggedList, RowBuffer, to_batch, to_samples
 from streamshards.shard.payload import LoadedShard
 from streamshards.shard.schema import Field, Schema
+
+from .shard_cases import DTYPE_PARAMS, columns_of_samples, mixed_samples, random_tensor, same
 
 
 def round_trip(*samples: dict[str, Any]) -> list[dict[str, Any]]:

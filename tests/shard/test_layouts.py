@@ -11,7 +11,6 @@ from typing import Any
 import pytest
 import torch
 import zstandard
-from shard_cases import columns_of_samples, mixed_samples, same
 
 from streamshards.errors import OptionInvalid, SampleInvalid, ShardCorrupt
 from streamshards.options import MiB
@@ -20,6 +19,8 @@ from streamshards.shard.columns import to_samples
 from streamshards.shard.layouts import columns_of, load_foreign
 from streamshards.shard.payload import payload_of
 from streamshards.shard.schema import Field, Schema
+
+from .shard_cases import columns_of_samples, mixed_samples, same
 
 
 def saved(value: object, *, legacy: bool = False) -> bytes:

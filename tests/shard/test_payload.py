@@ -17,7 +17,6 @@ import xxhash
 import zstandard
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from shard_cases import DTYPE_PARAMS, columns_of_samples, mixed_samples, random_tensor, same
 
 from streamshards.errors import SampleInvalid, ShardCorrupt
 from streamshards.options import MiB
@@ -27,6 +26,8 @@ from streamshards.shard.frames import BLOCK_BYTES, block_size, is_framed, stored
 from streamshards.shard.memory import LARGE_BYTES, allocate
 from streamshards.shard.payload import FramedShard, LoadedShard, columns_of_payload, digest_of, encode, payload_of
 from streamshards.shard.schema import Field, Schema
+
+from .shard_cases import DTYPE_PARAMS, columns_of_samples, mixed_samples, random_tensor, same
 
 MAX = 64 * MiB
 
