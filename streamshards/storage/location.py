@@ -45,6 +45,11 @@ def parse_url(url: str | os.PathLike[str]) -> Location:
     text = os.fspath(url)
     if not isinstance(text, str) or not text or "\0" in text:
         raise OptionInvalid(f'url={text!r} is not a url; write "data/train" or "s3://bucket/train"')
+    if "::" in text and "://" in text:
+        shown = without_secrets(text)
+        raise OptionInvalid(
+            f"url={shown!r} is a chain of filesystems; give the inner one, caching is an option of ours"
+        )
     match = _SCHEME.fullmatch(text)
     if match is None or match[1].lower() in _LOCAL:
         return _local(text if match is None else match[2])
@@ -63,8 +68,6 @@ def _remote(protocol: str, rest: str) -> Location:
     raw = f"{protocol}://{rest.rstrip('/')}"
     url = without_secrets(raw)
     authority, _, _ = rest.partition("/")
-    if "::" in rest:
-        raise OptionInvalid(f"url={url!r} is a chain of filesystems; give the inner one, caching is an option of ours")
     if "?" in rest:
         raise OptionInvalid(f"url={url!r} was given with a query string; keys cannot be appended to one")
     if protocol == "s3" and "@" in authority:

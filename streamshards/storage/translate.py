@@ -54,8 +54,8 @@ _OPTION_NAMES: Final = frozenset(
 _TRANSIENT_NAMES: Final = frozenset(
     {
         "ClientConnectionError", "ClientPayloadError", "ConnectionError", "EndpointConnectionError", "FSTimeoutError",
-        "HTTPClientError", "IncompleteRead", "IncompleteReadError", "ResponseParserError", "ResponseStreamingError",
-        "SSLError", "TimeoutError", "gaierror",
+        "HTTPClientError", "HttpProcessingError", "IncompleteRead", "IncompleteReadError", "ResponseParserError",
+        "ResponseStreamingError", "SSLError", "TimeoutError", "gaierror",
     }
 )  # fmt: skip
 _TRANSIENT_ERRNOS: Final = frozenset(
@@ -124,7 +124,7 @@ def _from_answer(chain: list[BaseException]) -> _Verdict | None:
 
 def _from_names(chain: list[BaseException], *, is_local: bool) -> _Verdict | None:
     """Judge by the names of the classes in the chain and their bases."""
-    names = {base.__name__ for error in chain for base in type(error).__mro__}
+    names = _names(chain)
     if "SSLCertVerificationError" in names:
         return StoreError, "the certificate is not trusted: set AWS_CA_BUNDLE, or mend the endpoint_url"
     if names & _NO_CREDENTIALS_NAMES:
@@ -168,6 +168,11 @@ def _chain(error: BaseException) -> Iterator[BaseException]:
         following = following.__cause__ or (None if following.__suppress_context__ else following.__context__)
 
 
+def _names(chain: list[BaseException]) -> set[str]:
+    """Return the names of the classes in the chain and of their bases."""
+    return {base.__name__ for error in chain for base in type(error).__mro__}
+
+
 def _response(chain: list[BaseException]) -> dict[str, dict[str, object]]:
     """Return the parsed answer that botocore's ClientError carries, or nothing."""
     for error in chain:
@@ -186,6 +191,8 @@ def _status(chain: list[BaseException]) -> int:
     status = _response(chain).get("ResponseMetadata", {}).get("HTTPStatusCode")
     if isinstance(status, int):
         return status
+    if "HttpProcessingError" in _names(chain):
+        return 0  # aiohttp could not read the answer; the 400 that it puts on that is its own, not the server's
     for error in chain:
         for name in ("status", "code", "status_code"):  # aiohttp's, gcsfs's and others' spelling
             value = getattr(error, name, None)

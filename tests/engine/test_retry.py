@@ -1,0 +1,176 @@
+"""Retries: what is tried again, how long is waited, and when it ends; on a fake clock."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from streamshards.clock import SystemClock
+from streamshards.engine.retry import Cancelled, backoff_limit_s, with_retries
+from streamshards.errors import AccessDenied, ObjectMissing, ShardCorrupt, StoreUnavailable
+from streamshards.events import FetchRetried
+from streamshards.options import RetryOptions
+from streamshards.testing import DENIED, MISSING, UNAVAILABLE, FakeClock, FaultyStore, MemoryStore
+
+OPTIONS = RetryOptions(deadline_s=100, attempt_timeout_s=30, base_s=1, max_wait_s=8)
+
+
+class Attempts:
+    """An action that fails *failures* times, each attempt taking *seconds*, and records its timeouts."""
+
+    def __init__(self, clock: FakeClock, failures: float, *, seconds: float = 0.0) -> None:
+        self.timeouts: list[float] = []
+        self._clock = clock
+        self._failures = failures
+        self._seconds = seconds
+
+    def __call__(self, timeout_s: float) -> str:
+        self.timeouts.append(timeout_s)
+        self._clock.advance(min(self._seconds, timeout_s))
+        if len(self.timeouts) <= self._failures:
+            raise StoreUnavailable(f"failure {len(self.timeouts)}")
+        return "done"
+
+
+def _retry(action: Callable[[float], Any], clock: FakeClock, **changes: Any) -> tuple[Any, list[FetchRetried]]:
+    events: list[FetchRetried] = []
+    arguments: dict[str, Any] = {
+        "what": "s3://b/a", "options": OPTIONS, "deadline_s": OPTIONS.deadline_s, "clock": clock,
+        "cancelled": threading.Event(), "on_retry": events.append,
+    }  # fmt: skip
+    return with_retries(action, **(arguments | changes)), events
+
+
+def test_success_at_once() -> None:
+    """What works is tried once, with the whole attempt timeout, and nothing is told."""
+    clock = FakeClock()
+    action = Attempts(clock, 0)
+    assert _retry(action, clock) == ("done", [])
+    assert action.timeouts == [30]
+    assert clock.waits == []
+
+
+def test_backoff_doubles_up_to_its_cap() -> None:
+    """Waits are drawn from ranges of 1, 2, 4, 8, 8, … s; each failure is one event, told before its wait."""
+    clock = FakeClock()
+    _, events = _retry(Attempts(clock, 6), clock)
+    assert clock.waits == [1, 2, 4, 8, 8, 8]
+    assert events[2] == FetchRetried("s3://b/a", attempt=3, wait_s=4, cause="failure 3")
+    assert [event.wait_s for event in events] == clock.waits
+
+
+def test_jitter_is_full() -> None:
+    """The whole range is drawn from, down to no wait at all."""
+    clock = FakeClock(chance=0.25)
+    _retry(Attempts(clock, 3), clock)
+    assert clock.waits == [0.25, 0.5, 1.0]
+
+
+def test_gives_up_before_the_deadline() -> None:
+    """No attempt begins after the deadline, no wait ends after it, and the error says all there is to know."""
+    clock = FakeClock()
+    action = Attempts(clock, float("inf"))
+    with pytest.raises(StoreUnavailable, match=r"s3://b/a: gave up after 7 attempts in 31\.0 s .*failure 7") as caught:
+        _retry(action, clock, deadline_s=32.0)
+    assert isinstance(caught.value.__cause__, StoreUnavailable)
+    assert "RetryOptions" in str(caught.value)
+    assert clock.now() == 31.0
+
+
+def test_last_attempt_gets_what_is_left() -> None:
+    """An attempt's timeout never reaches beyond the deadline."""
+    clock = FakeClock()
+    action = Attempts(clock, float("inf"), seconds=1000)
+    with pytest.raises(StoreUnavailable, match="gave up after 2 attempts in 40"):
+        _retry(action, clock, deadline_s=40.0)
+    assert action.timeouts == [30, 9]
+
+
+@given(deadline_s=st.floats(0.1, 1e4), seconds=st.floats(0, 200), chance=st.floats(0, 1))
+def test_deadline_holds(deadline_s: float, seconds: float, chance: float) -> None:
+    """Whatever the attempts take and the jitter draws, the deadline is kept (here: in at most 1,000 attempts)."""
+    clock = FakeClock(chance=chance)
+    action = Attempts(clock, 1000, seconds=seconds)
+    try:
+        _retry(action, clock, deadline_s=deadline_s)
+    except StoreUnavailable:
+        assert len(action.timeouts) <= 1000
+    assert clock.now() <= deadline_s * (1 + 1e-9)
+    assert all(0 < timeout <= OPTIONS.attempt_timeout_s for timeout in action.timeouts)
+
+
+@given(attempt=st.integers(1, 10**9))
+def test_backoff_is_bounded(attempt: int) -> None:
+    """The range never overflows, shrinks or passes its cap."""
+    assert OPTIONS.base_s <= backoff_limit_s(attempt, OPTIONS) <= OPTIONS.max_wait_s
+
+
+@pytest.mark.parametrize("error", [AccessDenied("x"), ObjectMissing("x"), ShardCorrupt("x"), ValueError("x")])
+def test_what_is_not_transient_is_not_retried(error: Exception) -> None:
+    """Everything but a transient error comes out at once, unchanged."""
+    clock = FakeClock()
+
+    def action(_timeout_s: float) -> None:
+        raise error
+
+    with pytest.raises(type(error)) as caught:
+        _retry(action, clock)
+    assert caught.value is error
+    assert clock.waits == []
+
+
+def test_cancelled_before() -> None:
+    """A cancelled reader does not even try."""
+    clock, cancelled = FakeClock(), threading.Event()
+    cancelled.set()
+    action = Attempts(clock, 0)
+    with pytest.raises(Cancelled):
+        _retry(action, clock, cancelled=cancelled)
+    assert action.timeouts == []
+
+
+def test_cancelled_while_waiting() -> None:
+    """Cancelling ends the wait, and no further attempt is made."""
+    cancelled = threading.Event()
+    clock = FakeClock(on_wait=lambda _seconds: cancelled.set())
+    action = Attempts(clock, float("inf"))
+    with pytest.raises(Cancelled):
+        _retry(action, clock, cancelled=cancelled)
+    assert len(action.timeouts) == 1
+    assert clock.now() == 0
+
+
+def test_cancelling_wakes_a_real_wait() -> None:
+    """With real time, too: a wait of up to an hour ends as soon as it is cancelled."""
+    cancelled = threading.Event()
+
+    def action(_timeout_s: float) -> None:
+        raise StoreUnavailable("x")
+
+    class HourClock(SystemClock):
+        def jitter(self, limit_s: float) -> float:
+            return limit_s
+
+    hour = RetryOptions(deadline_s=7200, base_s=3600, max_wait_s=3600)
+    with pytest.raises(Cancelled):
+        with_retries(
+            action, what="x", options=hour, deadline_s=7200, clock=HourClock(), cancelled=cancelled,
+            on_retry=lambda _event: threading.Timer(0, cancelled.set).start(),
+        )  # fmt: skip
+
+
+def test_with_a_faulty_store() -> None:
+    """Two outages, then the object; a missing or denied one is not asked for again."""
+    clock = FakeClock()
+    store = FaultyStore(MemoryStore({"a": b"1"}), [UNAVAILABLE, UNAVAILABLE, None, MISSING, DENIED])
+    fetch: Callable[[float], bytes] = lambda timeout_s: store.get("a", timeout_s=timeout_s, max_bytes=1)  # noqa: E731
+    assert _retry(fetch, clock)[0] == b"1"
+    for kind in (ObjectMissing, AccessDenied):
+        with pytest.raises(kind):
+            _retry(fetch, clock)
+    assert len(store.gets) == 5
