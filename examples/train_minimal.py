@@ -44,7 +44,7 @@ class TinyModel(nn.Module):
 def save(path: Path, checkpoint: dict[str, Any]) -> None:
     """Replace *path* by *checkpoint*; a kill at any moment leaves the old file or the new one, whole."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}")
+    temporary = path.with_name(f".{path.name}.new")  # one trainer writes it; what a kill leaves is written over
     with temporary.open("w", encoding="utf-8") as file:
         json.dump(checkpoint, file)
         file.flush()
