@@ -1,0 +1,255 @@
+"""The commands. Everything heavy is imported inside them: ``--help`` must not pay for torch."""
+
+from __future__ import annotations
+
+import json
+from enum import Enum
+from typing import Annotated, Any, Final
+
+import typer
+
+import streamshards
+from streamshards.cli.outcome import MEANINGS, ExitCode
+from streamshards.cli.progress import progress_bar
+from streamshards.errors import OptionInvalid
+
+_EXIT_CODES: Final = "\n".join(["\b", "Exit codes:", *(f"{int(code):>5}  {text}" for code, text in MEANINGS.items())])
+
+app = typer.Typer(
+    name="streamshards",
+    help="Pack, index, look at and check datasets of zstd-compressed .pt shards, on disk or in S3.",
+    epilog=_EXIT_CODES,
+    add_completion=False,
+    rich_markup_mode=None,  # plain help: it survives pipes, and does not load rich
+    pretty_exceptions_enable=False,
+    context_settings={"help_option_names": ["-h", "--help"]},
+)
+
+
+class Mode(str, Enum):
+    """What ``pack`` does where there is a dataset."""
+
+    ERROR = "error"
+    APPEND = "append"
+    REPLACE = "replace"
+
+
+class IndexMode(str, Enum):
+    """What ``index`` does where there is an index."""
+
+    ERROR = "error"
+    REPLACE = "replace"
+
+
+class FileLayout(str, Enum):
+    """How samples lie in ``.pt`` files; see ``streamshards.shard.layouts``."""
+
+    AUTO = "auto"
+    COLUMNS = "columns"
+    ROWS = "rows"
+    SAMPLES = "samples"
+    SAMPLE = "sample"
+    SHARD = "shard"
+
+
+Url = Annotated[str, typer.Argument(metavar="URL", help="A folder, s3://bucket/prefix, or another fsspec url.")]
+EndpointUrl = Annotated[str | None, typer.Option(help="Of an S3 server that is not AWS: http://127.0.0.1:9000.")]
+StorageOptions = Annotated[
+    str | None,
+    typer.Option(metavar="JSON", help="For the file system: '{\"anon\": true}'. AWS_* variables work without."),
+]
+TrustPickle = Annotated[
+    bool, typer.Option("--trust-pickle", help="Let the .pt files run any code they hold. Only for files of your own.")
+]
+Layout = Annotated[
+    FileLayout,
+    typer.Option(help="columns: dict of equally long tensors; rows: one tensor; samples: list; sample: one per file."),
+]
+Json = Annotated[bool, typer.Option("--json", help="Print JSON.")]
+
+
+def _print_version(wanted: bool) -> None:
+    if wanted:
+        typer.echo(f"streamshards {streamshards.__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def _everywhere(
+    version: Annotated[
+        bool, typer.Option("--version", callback=_print_version, is_eager=True, help="Print the version and exit.")
+    ] = False,
+    debug: Annotated[bool, typer.Option("--debug", help="Show tracebacks and everything that is logged.")] = False,
+) -> None:
+    # Nothing to do: --version has its callback, and outcome.run takes --debug out, so that it may stand anywhere.
+    pass
+
+
+@app.command()
+def pack(
+    src: Annotated[str, typer.Argument(metavar="SRC", help="A folder or url with .pt files, or a dataset.")],
+    dst: Annotated[str, typer.Argument(metavar="DST", help="Where the dataset goes.")],
+    shard_bytes: Annotated[str, typer.Option(help="About how large a shard is before compression.")] = "32MiB",
+    compression: Annotated[str, typer.Option(help="zstd:-7 (quick) to zstd:22 (small), or none.")] = "zstd:3",
+    mode: Annotated[Mode, typer.Option(help="What to do where there is a dataset at DST.")] = Mode.ERROR,
+    layout: Layout = FileLayout.AUTO,
+    trust_pickle: TrustPickle = False,
+    endpoint_url: EndpointUrl = None,
+    storage_options: StorageOptions = None,
+    as_json: Json = False,
+) -> None:
+    """Rewrite .pt files (plain, .zst, .gz) into columnar shards.
+
+    The first file decides how samples lie in all of them. One file is in memory at a time. Nothing is visible at DST
+    before everything went well.
+    """
+    options = _options(endpoint_url, storage_options)
+    from streamshards.cli.show import packed_json, packed_line
+    from streamshards.convert.packing import pack as do_pack
+
+    with progress_bar("packing") as progress:
+        packed = do_pack(
+            src,
+            dst,
+            shard_bytes=shard_bytes,
+            compression=compression,
+            mode=mode.value,
+            layout=layout.value,
+            trust_pickle=trust_pickle,
+            storage_options=options,
+            progress=progress,
+        )
+    if as_json:
+        _print_json(packed_json(packed, dst))
+    else:
+        typer.echo(packed_line(packed, dst))
+
+
+@app.command()
+def index(
+    url: Url,
+    layout: Layout = FileLayout.AUTO,
+    mode: Annotated[IndexMode, typer.Option(help="What to do where there is an index.")] = IndexMode.ERROR,
+    trust_pickle: TrustPickle = False,
+    endpoint_url: EndpointUrl = None,
+    storage_options: StorageOptions = None,
+    as_json: Json = False,
+) -> None:
+    """Make a dataset of the .pt files at URL in place, without rewriting them; or rebuild a lost index.
+
+    Every file is read and decoded once. Shards of streamshards and foreign files cannot stand in one index.
+    """
+    options = _options(endpoint_url, storage_options)
+    from streamshards.cli.show import counted, human_bytes
+    from streamshards.convert.indexing import build_index
+    from streamshards.convert.summary import summary_of
+
+    with progress_bar("indexing") as progress:
+        made = build_index(
+            url,
+            layout=layout.value,
+            mode=mode.value,
+            trust_pickle=trust_pickle,
+            storage_options=options,
+            progress=progress,
+        )
+    if as_json:
+        _print_json({"url": url, **summary_of(made)})
+    else:
+        files, samples = counted(made.num_shards, "file"), counted(made.num_samples, "sample")
+        typer.echo(f"indexed {files} of layout {made.layout} at {url}: {samples}, {human_bytes(int(made.sizes.sum()))}")
+
+
+@app.command()
+def inspect(
+    url: Url, endpoint_url: EndpointUrl = None, storage_options: StorageOptions = None, as_json: Json = False
+) -> None:
+    """Show what a dataset is: samples, schema, sizes, shards. Reads the index only."""
+    options = _options(endpoint_url, storage_options)
+    from streamshards.cli.show import summary_lines
+    from streamshards.convert.summary import summarize
+
+    summary = summarize(url, storage_options=options)
+    if as_json:
+        _print_json(summary)
+    else:
+        typer.echo("\n".join(summary_lines(summary)))
+
+
+@app.command()
+def cat(
+    url: Url,
+    limit: Annotated[int, typer.Option(min=0, help="How many samples at most.")] = 10,
+    start: Annotated[int, typer.Option(help="The first sample; negative numbers count from the end.")] = 0,
+    columns: Annotated[str | None, typer.Option(metavar="A,B", help="Only these fields.")] = None,
+    trust_pickle: TrustPickle = False,
+    endpoint_url: EndpointUrl = None,
+    storage_options: StorageOptions = None,
+    as_json: Annotated[bool, typer.Option("--json", help="Print whole values, a JSON object per line.")] = False,
+) -> None:
+    """Print samples, in the order of the index.
+
+    With --json tensors are lists, bytes are base64, and NaN and infinities are strings.
+    """
+    options = _options(endpoint_url, storage_options)
+    from streamshards.cli.show import plain, sample_lines
+    from streamshards.convert.reading import read_samples
+
+    names = None if columns is None else [name.strip() for name in columns.split(",")]
+    samples = read_samples(
+        url, start=start, limit=limit, columns=names, trust_pickle=trust_pickle, storage_options=options
+    )
+    for number, sample in samples:
+        if as_json:
+            _print_json(plain(sample))
+        else:
+            typer.echo("\n".join(sample_lines(number, sample)))
+
+
+@app.command()
+def verify(
+    url: Url,
+    threads: Annotated[int | None, typer.Option(help="Shards checked at once; by default 2 to 8.")] = None,
+    orphans: Annotated[bool, typer.Option("--orphans", help="List objects that the index does not name.")] = False,
+    trust_pickle: TrustPickle = False,
+    endpoint_url: EndpointUrl = None,
+    storage_options: StorageOptions = None,
+    as_json: Json = False,
+) -> None:
+    """Fetch, hash and decode every shard; list the bad ones and exit with 1 if there are any."""
+    options = _options(endpoint_url, storage_options)
+    from streamshards.cli.show import verified_json, verified_lines
+    from streamshards.convert.checking import verify as do_verify
+
+    with progress_bar("verifying") as progress:
+        found = do_verify(
+            url,
+            threads=threads,
+            orphans=orphans,
+            trust_pickle=trust_pickle,
+            storage_options=options,
+            progress=progress,
+        )
+    if as_json:
+        _print_json(verified_json(found))
+    else:
+        typer.echo("\n".join(verified_lines(found)))
+    if found.bad:
+        raise typer.Exit(ExitCode.BAD_SHARDS)
+
+
+def _options(endpoint_url: str | None, text: str | None) -> dict[str, Any] | None:
+    """Return the storage options that two flags ask for, or None."""
+    try:
+        options = {} if text is None else json.loads(text)
+    except ValueError as error:
+        raise OptionInvalid(f"--storage-options is not JSON: {error}") from error
+    if not isinstance(options, dict):
+        raise OptionInvalid(f"--storage-options must be a JSON object, not {type(options).__name__}")
+    if endpoint_url is not None:
+        options["endpoint_url"] = endpoint_url
+    return options or None
+
+
+def _print_json(value: object) -> None:
+    typer.echo(json.dumps(value, ensure_ascii=False, allow_nan=False))

@@ -1,0 +1,152 @@
+"""How a command ends: an exit code for scripts, and one line on stderr for people."""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import os
+import re
+import sys
+import traceback
+from collections.abc import Iterator, Sequence
+from enum import IntEnum
+from typing import Final
+
+from streamshards.errors import (
+    IndexInvalid,
+    OptionInvalid,
+    SampleInvalid,
+    ShardCorrupt,
+    ShardMissing,
+    StoreError,
+    StreamShardsError,
+    TooManyCorrupt,
+)
+
+
+class ExitCode(IntEnum):
+    """What a command tells a script. docs/cli.md and ``--help`` show this table."""
+
+    OK = 0
+    BAD_SHARDS = 1
+    USAGE = 2
+    NO_DATASET = 3
+    STORE = 4
+    BAD_DATA = 5
+    INTERNAL = 70
+    INTERRUPTED = 130
+    PIPE_CLOSED = 141
+
+
+MEANINGS: Final = {
+    ExitCode.OK: "done",
+    ExitCode.BAD_SHARDS: "verify found bad shards",
+    ExitCode.USAGE: "wrong command, option or value, or a dataset is there already",
+    ExitCode.NO_DATASET: "no dataset or no .pt files at the url, or its index is damaged or from a newer version",
+    ExitCode.STORE: "the store failed, refused our credentials, or has no such bucket or object",
+    ExitCode.BAD_DATA: "a shard or file is damaged, unsafe to unpickle, or does not fit the others",
+    ExitCode.INTERNAL: "a defect of streamshards: please report it, with what --debug shows",
+    ExitCode.INTERRUPTED: "stopped by Ctrl-C",
+    ExitCode.PIPE_CLOSED: "whoever read our output stopped reading",
+}
+
+_CODES: Final[tuple[tuple[type[StreamShardsError], ExitCode], ...]] = (
+    (OptionInvalid, ExitCode.USAGE),
+    (IndexInvalid, ExitCode.NO_DATASET),
+    (SampleInvalid, ExitCode.BAD_DATA),
+    (ShardCorrupt, ExitCode.BAD_DATA),
+    (ShardMissing, ExitCode.BAD_DATA),
+    (TooManyCorrupt, ExitCode.BAD_DATA),
+    (StoreError, ExitCode.STORE),
+)
+"""The first that fits decides: ``ShardMissing`` is a ``StoreError``, too."""
+
+_FLAGS: Final = (
+    (re.compile(r"\btrust_pickle=True"), "--trust-pickle"),
+    (re.compile(r"\bstorage_options=(\{[^{}]*\})"), r"--storage-options '\1'"),
+    (re.compile(r'"anon": True'), '"anon": true'),
+    (re.compile(r'\bmode="(\w+)"'), r"--mode \1"),
+    (re.compile(r"\blayout="), "--layout "),
+)
+"""How the library's advice reads on a command line."""
+
+
+def code_of(error: StreamShardsError) -> ExitCode:
+    """Return the exit code for *error*."""
+    return next((code for kind, code in _CODES if isinstance(error, kind)), ExitCode.INTERNAL)
+
+
+def line_of(error: BaseException) -> str:
+    """Return *error* as one line, its advice in words of the command line."""
+    text = " ".join(str(error).split())
+    if not isinstance(error, StreamShardsError):
+        return f"defect: {type(error).__name__}: {text}; run again with --debug for the traceback, and report it"
+    for pattern, flag in _FLAGS:
+        text = pattern.sub(flag, text)
+    return text
+
+
+def run(words: Sequence[str]) -> int:
+    """Run the command that *words* (without the program's name) ask for; return its exit code. Raises nothing."""
+    debug = "--debug" in words
+    rest = [word for word in words if word != "--debug"] or ["--help"]
+    try:
+        with _logging(debug):
+            return _run(rest)
+    except KeyboardInterrupt:
+        return _fail("interrupted", ExitCode.INTERRUPTED)
+    except BrokenPipeError:
+        _silence_stdout()
+        return ExitCode.PIPE_CLOSED
+    except Exception as error:  # noqa: BLE001 - the last door: whatever it is becomes one line
+        if _is_usage(error):
+            return _fail(_usage_line(error), ExitCode.USAGE)
+        if debug:
+            traceback.print_exception(error, file=sys.stderr)
+        return _fail(line_of(error), code_of(error) if isinstance(error, StreamShardsError) else ExitCode.INTERNAL)
+
+
+def _run(words: list[str]) -> int:
+    from streamshards.cli.commands import app
+
+    code = app(args=words, prog_name="streamshards", standalone_mode=False)
+    sys.stdout.flush()
+    return int(code or 0)
+
+
+def _fail(line: str, code: ExitCode) -> int:
+    print(f"streamshards: {line}", file=sys.stderr)  # noqa: T201 - the one place where errors are printed
+    return code
+
+
+def _is_usage(error: Exception) -> bool:
+    """Return whether typer refused the words. Its releases bring their own click, so the class cannot be named."""
+    return hasattr(error, "format_message") and hasattr(error, "exit_code")
+
+
+def _usage_line(error: Exception) -> str:
+    context = getattr(error, "ctx", None)
+    command = getattr(context, "command_path", None) or "streamshards"
+    told = " ".join(error.format_message().split()).rstrip(".")  # type: ignore[attr-defined] # looked for just before
+    return f'{told}; see "{command} --help"'
+
+
+def _silence_stdout() -> None:
+    """Let the interpreter flush its last words into nothing instead of complaining."""
+    with contextlib.suppress(OSError, ValueError):
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+
+
+@contextlib.contextmanager
+def _logging(debug: bool) -> Iterator[None]:
+    """Show what the library logs with --debug or to a person; a script gets one line per error and nothing else."""
+    if not debug and sys.stderr.isatty():
+        yield  # logging's own last resort prints warnings
+        return
+    logger = logging.getLogger("streamshards")
+    handler: logging.Handler = logging.StreamHandler(sys.stderr) if debug else logging.NullHandler()
+    logger.addHandler(handler)
+    try:
+        yield
+    finally:
+        logger.removeHandler(handler)
