@@ -166,7 +166,7 @@ class Catalog:
         own = [name for name in names if _OWN_SHARD.fullmatch(name)]
         if own:
             return (
-                f"{url}: no index, but {_counted(own, 'shard')} of a writer that has not finished: "
+                f"{url}: no index, but {_counted(own, 'shard')} of a writer that is still at work or was killed; "
                 f"wait for it, or pack again: streamshards pack SRC {url}"
             )
         files = [name for name in names if re.search(r"\.(pt|pth)(\.zst|\.gz)?$", name)]
