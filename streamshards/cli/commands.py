@@ -9,9 +9,10 @@ from typing import Annotated, Any, Final
 import typer
 
 import streamshards
-from streamshards.cli.outcome import MEANINGS, ExitCode
+from streamshards.cli.codes import MEANINGS, ExitCode
 from streamshards.cli.progress import progress_bar
 from streamshards.errors import OptionInvalid
+from streamshards.options import RetryOptions
 
 _EXIT_CODES: Final = "\n".join(["\b", "Exit codes:", *(f"{int(code):>5}  {text}" for code, text in MEANINGS.items())])
 
@@ -24,6 +25,10 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     context_settings={"help_option_names": ["-h", "--help"]},
 )
+
+
+_RETRY: Final = RetryOptions(first_contact_s=20.0)
+"""A person who mistyped an endpoint should know within 30 s, importing torch on a busy machine included."""
 
 
 class Mode(str, Enum):
@@ -117,6 +122,7 @@ def pack(
             layout=layout.value,
             trust_pickle=trust_pickle,
             storage_options=options,
+            retry=_RETRY,
             progress=progress,
         )
     if as_json:
@@ -151,6 +157,7 @@ def index(
             mode=mode.value,
             trust_pickle=trust_pickle,
             storage_options=options,
+            retry=_RETRY,
             progress=progress,
         )
     if as_json:
@@ -169,7 +176,7 @@ def inspect(
     from streamshards.cli.show import summary_lines
     from streamshards.convert.summary import summarize
 
-    summary = summarize(url, storage_options=options)
+    summary = summarize(url, storage_options=options, retry=_RETRY)
     if as_json:
         _print_json(summary)
     else:
@@ -197,7 +204,13 @@ def cat(
 
     names = None if columns is None else [name.strip() for name in columns.split(",")]
     samples = read_samples(
-        url, start=start, limit=limit, columns=names, trust_pickle=trust_pickle, storage_options=options
+        url,
+        start=start,
+        limit=limit,
+        columns=names,
+        trust_pickle=trust_pickle,
+        storage_options=options,
+        retry=_RETRY,
     )
     for number, sample in samples:
         if as_json:
@@ -228,6 +241,7 @@ def verify(
             orphans=orphans,
             trust_pickle=trust_pickle,
             storage_options=options,
+            retry=_RETRY,
             progress=progress,
         )
     if as_json:

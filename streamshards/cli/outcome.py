@@ -9,57 +9,10 @@ import re
 import sys
 import traceback
 from collections.abc import Iterator, Sequence
-from enum import IntEnum
 from typing import Final
 
-from streamshards.errors import (
-    IndexInvalid,
-    OptionInvalid,
-    SampleInvalid,
-    ShardCorrupt,
-    ShardMissing,
-    StoreError,
-    StreamShardsError,
-    TooManyCorrupt,
-)
-
-
-class ExitCode(IntEnum):
-    """What a command tells a script. docs/cli.md and ``--help`` show this table."""
-
-    OK = 0
-    BAD_SHARDS = 1
-    USAGE = 2
-    NO_DATASET = 3
-    STORE = 4
-    BAD_DATA = 5
-    INTERNAL = 70
-    INTERRUPTED = 130
-    PIPE_CLOSED = 141
-
-
-MEANINGS: Final = {
-    ExitCode.OK: "done",
-    ExitCode.BAD_SHARDS: "verify found bad shards",
-    ExitCode.USAGE: "wrong command, option or value, or a dataset is there already",
-    ExitCode.NO_DATASET: "no dataset or no .pt files at the url, or its index is damaged or from a newer version",
-    ExitCode.STORE: "the store failed, refused our credentials, or has no such bucket or object",
-    ExitCode.BAD_DATA: "a shard or file is damaged, unsafe to unpickle, or does not fit the others",
-    ExitCode.INTERNAL: "a defect of streamshards: please report it, with what --debug shows",
-    ExitCode.INTERRUPTED: "stopped by Ctrl-C",
-    ExitCode.PIPE_CLOSED: "whoever read our output stopped reading",
-}
-
-_CODES: Final[tuple[tuple[type[StreamShardsError], ExitCode], ...]] = (
-    (OptionInvalid, ExitCode.USAGE),
-    (IndexInvalid, ExitCode.NO_DATASET),
-    (SampleInvalid, ExitCode.BAD_DATA),
-    (ShardCorrupt, ExitCode.BAD_DATA),
-    (ShardMissing, ExitCode.BAD_DATA),
-    (TooManyCorrupt, ExitCode.BAD_DATA),
-    (StoreError, ExitCode.STORE),
-)
-"""The first that fits decides: ``ShardMissing`` is a ``StoreError``, too."""
+from streamshards.cli.codes import ExitCode, code_of
+from streamshards.errors import StreamShardsError
 
 _FLAGS: Final = (
     (re.compile(r"\btrust_pickle=True"), "--trust-pickle"),
@@ -69,11 +22,6 @@ _FLAGS: Final = (
     (re.compile(r"\blayout="), "--layout "),
 )
 """How the library's advice reads on a command line."""
-
-
-def code_of(error: StreamShardsError) -> ExitCode:
-    """Return the exit code for *error*."""
-    return next((code for kind, code in _CODES if isinstance(error, kind)), ExitCode.INTERNAL)
 
 
 def line_of(error: BaseException) -> str:

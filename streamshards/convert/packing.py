@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
@@ -9,7 +10,7 @@ from typing import Any, Final, Literal
 
 from streamshards.convert.files import find_files, load_files
 from streamshards.convert.place import Place, Progress
-from streamshards.errors import OptionInvalid, SampleInvalid
+from streamshards.errors import IndexInvalid, OptionInvalid, SampleInvalid
 from streamshards.options import RetryOptions
 from streamshards.plan.index import Index
 from streamshards.shard.columns import Columns, to_batch
@@ -71,9 +72,13 @@ def pack(
     the same files make the same samples in the same order. Nothing is visible at *dst* unless all went well.
     """
     source = Place.at(src, storage_options, retry)
-    if source.url == Place.at(dst, storage_options).url:
+    target = Place.at(dst, storage_options, retry)
+    if source.url == target.url:
         raise OptionInvalid(f"{source.url}: SRC and DST are the same place; write the shards somewhere else")
     pieces = _Pieces(source, layout, trust_pickle)
+    if mode == "replace":  # the writer looks only in the other modes; a wrong endpoint is to be known at once
+        with contextlib.suppress(IndexInvalid):
+            target.index_keys()
     writer = ShardWriter(
         dst,
         shard_bytes=shard_bytes,
