@@ -24,7 +24,9 @@ VERSION: Final = 1
 MAX_INDEX_BYTES: Final = 1 << 30
 """Refuse an index whose JSON is larger: a million shards take about 100 MB."""
 _MAX_COUNT: Final = 1 << 48
-"""No shard, row count or size beyond this: sums of millions of them stay inside int64."""
+"""No shard has more rows or bytes than this."""
+_MAX_TOTAL: Final = 1 << 61
+"""No dataset has more rows or bytes than this: sums, also of two columns, stay inside int64 however many shards there are."""
 
 _DIGEST: Final = re.compile(r"[0-9a-f]{32}")
 _BAD_NAME: Final = re.compile(
@@ -150,7 +152,12 @@ class Index:
             raise IndexInvalid(
                 f"{url}: num_samples says {promised:,}, the shards' rows add up to {index.num_samples:,}"
             )
-        if _require(content, "fingerprint", str, url) != index.fingerprint:
+        try:
+            fingerprint = index.fingerprint
+            _canonical([index.codec, index.created, index.writer]).encode()
+        except (UnicodeEncodeError, RecursionError) as error:
+            raise IndexInvalid(f"{url}: text that is not Unicode, or nested too deeply; rebuild the index") from error
+        if _require(content, "fingerprint", str, url) != fingerprint:
             raise IndexInvalid(f"{url}: the fingerprint does not fit the content: damaged or edited by hand")
         return index
 
@@ -218,6 +225,8 @@ def _integers(shards: Mapping[str, Any], key: str, url: str) -> Int64Array:
     values = _require(shards, key, list, url)
     if not all(type(v) is int and 0 <= v <= _MAX_COUNT for v in values):
         raise IndexInvalid(f"{url}: shards.{key} must hold whole numbers from 0 to {_MAX_COUNT:,}")
+    if sum(values) > _MAX_TOTAL:
+        raise IndexInvalid(f"{url}: shards.{key} adds up to {sum(values):,}; a dataset has at most {_MAX_TOTAL:,}")
     return np.array(values, dtype=np.int64)
 
 

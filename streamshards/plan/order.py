@@ -252,15 +252,21 @@ class EpochOrder:
             raw_bytes: Uncompressed bytes of each shard, int64 ``(num_shards,)``, in the order of the index.
         """
         start, stop = self.lane_interval(lane)
-        num_full = max(0, self._last_cut(stop - start) + 1 - len(self._ramp_cuts))
-        full = self._ramp_cuts[-1] + np.arange(1, num_full + 1, dtype=np.int64) * self.settings.shuffle_block
-        cuts = start + np.concatenate([self._ramp_cuts[1:], full])
-        moved = self._borders[np.minimum(self._borders.searchsorted(cuts, "left"), len(self._borders) - 1)]
-        edges = np.unique(np.concatenate([[start], moved.clip(start, stop), [stop]]))
-        first = self._borders.searchsorted(edges[:-1], "right") - 1
-        last = self._borders.searchsorted(edges[1:], "left")
-        sizes = np.concatenate([[0], np.cumsum(raw_bytes[self._tape_shards])])
-        return int((sizes[last] - sizes[first]).max(initial=0))
+        first = int(self._borders.searchsorted(start, "right")) - 1
+        last = int(self._borders.searchsorted(stop, "left"))
+        borders = self._borders[first : last + 1]
+        offsets = np.unique(borders.clip(start, stop)) - start
+        past_ramp = offsets - self._ramp_cuts[-1]
+        cuts = np.where(
+            past_ramp < 0,
+            self._ramp_cuts.searchsorted(offsets, "right") - 1,
+            len(self._ramp_cuts) - 1 + past_ramp // self.settings.shuffle_block,
+        )
+        begins = np.diff(cuts, prepend=-1) > 0  # a block begins at a border where another cut has become due
+        edges = np.unique(np.append(start + offsets[begins], stop))
+        sizes = np.concatenate([[0], np.cumsum(raw_bytes[self._tape_shards[first:last]])])
+        tops = sizes[borders.searchsorted(edges[1:], "left")]
+        return int((tops - sizes[borders.searchsorted(edges[:-1], "right") - 1]).max(initial=0))
 
     # -- for tests, inspection and provenance ----------------------------------------------------------------------
 

@@ -12,6 +12,7 @@ from streamshards.plan.order import OrderSettings
 
 STATE_VERSION: Final = 1
 
+_MAX_INTEGER: Final = 2**63 - 1
 _INTEGERS: Final = ("version", "epoch", "position", "num_samples", "seed", "lanes", "chunk", "shuffle_block")
 
 
@@ -64,15 +65,18 @@ class State:
         numbers["worker_batches"] = state.get("worker_batches", 0)
         numbers["num_workers"] = state.get("num_workers", 1)
         for name, value in numbers.items():
-            if not isinstance(value, int) or isinstance(value, bool) or value < 0:
-                raise ResumeMismatch(f"the state's {name} is {value!r}, not a whole number of 0 or more")
+            if not isinstance(value, int) or isinstance(value, bool) or not 0 <= value <= _MAX_INTEGER:
+                raise ResumeMismatch(f"the state's {name} is {value!r}, not a whole number from 0 to {_MAX_INTEGER:,}")
+        for name, kind in (("fingerprint", str), ("shuffle", bool)):
+            if not isinstance(state[name], kind):
+                raise ResumeMismatch(f"the state's {name} is {state[name]!r}, not a {kind.__name__}")
         if version != STATE_VERSION:
             raise ResumeMismatch(f"the state has version {version!r}; only version {STATE_VERSION} exists")
         if state["position"] > state["num_samples"]:
             raise ResumeMismatch(f"the state's position {state['position']:,} is beyond its {state['num_samples']:,}")
         try:
             order = OrderSettings(
-                shuffle=bool(state["shuffle"]),
+                shuffle=state["shuffle"],
                 seed=state["seed"],
                 lanes=state["lanes"],
                 chunk=state["chunk"],
@@ -84,7 +88,7 @@ class State:
             epoch=state["epoch"],
             position=state["position"],
             num_samples=state["num_samples"],
-            fingerprint=str(state["fingerprint"]),
+            fingerprint=state["fingerprint"],
             order=order,
             worker_batches=numbers["worker_batches"],
             num_workers=numbers["num_workers"],

@@ -1,0 +1,281 @@
+"""What a reader gathers, step by step: the assignment's positions, through the order, out of blocks opened in time."""
+
+from __future__ import annotations
+
+import itertools
+from collections import Counter
+from collections.abc import Iterator
+from typing import Any, NamedTuple
+
+import naive_order
+import numpy as np
+import pytest
+from hypothesis import assume, given, settings
+from hypothesis import strategies as st
+
+from streamshards.plan import schedule as schedule_module
+from streamshards.plan.assignment import Assignment, Tail
+from streamshards.plan.order import EpochOrder, OrderSettings
+from streamshards.plan.schedule import Step, Visit, schedule
+from streamshards.plan.topology import Topology
+
+TAILS: tuple[Tail, ...] = ("pad", "drop", "uneven")
+
+
+class Case(NamedTuple):
+    order: EpochOrder
+    reader: Assignment
+    naive: list[naive_order.Row]
+
+    def batches(self) -> list[list[tuple[int, int]]]:
+        """Return the rows of each of the reader's batches, the slow way."""
+        place = self.reader.topology
+        steps = naive_order.global_batches(
+            self.reader.num_samples, self.reader.start, self.reader.global_batch, self.reader.tail
+        )
+        mine = naive_order.reader_batches(
+            steps,
+            batch_size=self.reader.batch_size,
+            rank=place.rank,
+            worker=place.worker,
+            num_workers=place.num_workers,
+        )
+        return [[tuple(self.naive[p]) for p in batch] for batch in mine]
+
+
+def case(
+    rows: Any,
+    *,
+    lanes: int = 1,
+    chunk: int = 1,
+    shuffle_block: int = 4,
+    start: int = 0,
+    batch_size: int = 2,
+    topology: Topology | None = None,
+    tail: Tail = "pad",
+) -> Case:
+    shape = {"shuffle": True, "seed": 3, "lanes": lanes, "chunk": chunk, "shuffle_block": shuffle_block}
+    order = EpochOrder(np.array(rows, dtype=np.int64), OrderSettings(**shape), epoch=1)  # type: ignore[arg-type]
+    reader = Assignment(
+        num_samples=order.num_samples,
+        start=start,
+        batch_size=batch_size,
+        topology=topology or Topology(),
+        tail=tail,
+    )
+    return Case(order, reader, naive_order.epoch_order(list(rows), epoch=1, **shape))  # type: ignore[arg-type]
+
+
+def small_cases() -> Iterator[Case]:
+    """Yield every reader of several hundred small epochs."""
+    shapes = itertools.product(([3, 0, 4], [1, 2, 3, 4], [0, 0, 11]), (1, 2, 4), (1, 3), (1, 16))
+    for (rows, lanes, chunk, shuffle_block), tail in itertools.product(shapes, TAILS):
+        for world_size, num_workers, start in itertools.product((1, 2), (1, 2), (0, 3)):
+            for rank, worker in itertools.product(range(world_size), range(num_workers)):
+                yield case(
+                    rows,
+                    lanes=lanes,
+                    chunk=chunk,
+                    shuffle_block=shuffle_block,
+                    start=start,
+                    batch_size=4 // world_size,
+                    topology=Topology(rank=rank, world_size=world_size, worker=worker, num_workers=num_workers),
+                    tail=tail,
+                )
+
+
+@st.composite
+def cases(draw: st.DrawFn) -> Case:
+    rows = draw(st.lists(st.integers(0, 30), max_size=20))
+    assume(sum(rows) > 0)
+    world_size, num_workers = draw(st.integers(1, 4)), draw(st.integers(1, 3))
+    return case(
+        rows,
+        lanes=draw(st.integers(1, min(12, sum(rows)))),
+        chunk=draw(st.integers(1, 10)),
+        shuffle_block=draw(st.integers(1, 100)),
+        start=draw(st.integers(0, sum(rows))),
+        batch_size=draw(st.integers(1, 12)),
+        topology=Topology(
+            rank=draw(st.integers(0, world_size - 1)),
+            world_size=world_size,
+            worker=draw(st.integers(0, num_workers - 1)),
+            num_workers=num_workers,
+        ),
+        tail=draw(st.sampled_from(TAILS)),
+    )
+
+
+def gathered(order: EpochOrder, step: Step) -> list[tuple[int, int]]:
+    """Return the rows of one step, gathered as the engine does: from a block's stored rows, through its permutation."""
+    out: list[tuple[int, int]] = []
+    for segment in step.segments:
+        block = segment.visit.block
+        stored = [(piece.shard, row) for piece in block.pieces for row in range(piece.lo, piece.hi)]
+        places = order.permutation(block)[segment.first : segment.first + segment.num_rows]
+        assert len(places) == segment.num_rows > 0
+        out += [stored[place] for place in places]
+    return out
+
+
+def check_visits(steps: Iterator[Step]) -> None:
+    """Follow *steps* and check the life of every visit, at each step, as far as it has been followed."""
+    seen: Counter[int] = Counter()
+    final: dict[int, int] = {}
+    opened: list[Visit] = []
+    first_used: list[Visit] = []
+    closed: list[Visit] = []
+    for step in steps:
+        opened += step.opened
+        for visit, _, _ in step.segments:
+            assert any(visit is known for known in opened), "used before it was opened"
+            assert visit.planned > 0
+            if not any(visit is known for known in first_used):
+                first_used.append(visit)
+            seen[id(visit)] += 1
+            assert seen[id(visit)] <= final.get(id(visit), visit.planned), "used after it was closed"
+        closed += step.closed
+        for visit in step.closed:
+            assert visit.closed
+            final[id(visit)] = visit.planned
+    assert list(map(id, opened)) == list(map(id, first_used)), "opened in another order than needed"
+    assert len(set(map(id, opened))) == len(opened), "opened twice"
+    assert sorted(map(id, closed)) == sorted(map(id, opened)), "not closed exactly once"
+    assert all(visit.planned == seen[id(visit)] == final[id(visit)] for visit in opened), "planned is not what came"
+    by_lane: dict[int, list[Visit]] = {}
+    for visit in opened:
+        by_lane.setdefault(visit.block.lane, []).append(visit)
+    for visits in by_lane.values():
+        assert all(a.block != b.block for a, b in itertools.pairwise(visits)), "opened again without having left"
+
+
+def test_steps_gather_the_assigned_rows_for_every_small_case() -> None:
+    """For two thousand readers of small epochs, of every tail: each step gathers the rows of one batch, those
+    that the naive order has at the positions dealt to this reader; and the life of every visit is in order."""
+    for each in small_cases():
+        steps = list(schedule(each.order, each.reader))
+        assert [gathered(each.order, step) for step in steps] == each.batches()
+        check_visits(schedule(each.order, each.reader))
+
+
+@given(cases())
+@settings(deadline=None, max_examples=80)
+def test_steps_gather_what_rows_at_says(each: Case) -> None:
+    """In larger epochs: the rows gathered are those that the order has at the assignment's positions."""
+    positions, lengths = each.reader.positions(0, each.reader.num_batches)
+    shards, rows = each.order.rows_at(positions)
+    steps = list(schedule(each.order, each.reader))
+    expected = list(zip(shards.tolist(), rows.tolist(), strict=True))
+    assert [len(gathered(each.order, step)) for step in steps] == lengths.tolist()
+    assert [row for step in steps for row in gathered(each.order, step)] == expected
+    assert [gathered(each.order, step) for step in steps] == each.batches()
+
+
+@given(cases(), st.integers(1, 40), st.integers(1, 4))
+@settings(deadline=None, max_examples=80)
+def test_every_visit_opens_and_closes_once_however_steps_are_grouped(each: Case, planned: int, per_step: int) -> None:
+    """However many positions are planned at once: visits open in the order of need and close once, `planned` never
+    changes after that, and the steps are the same."""
+    whole = [gathered(each.order, step) for step in schedule(each.order, each.reader, per_step=per_step)]
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(schedule_module, "_PLANNED_POSITIONS", planned)
+        check_visits(schedule(each.order, each.reader, per_step=per_step))
+        grouped = [gathered(each.order, step) for step in schedule(each.order, each.reader, per_step=per_step)]
+    assert grouped == whole
+
+
+@given(cases(), st.integers(0, 60), st.integers(1, 5))
+@settings(deadline=None, max_examples=80)
+def test_skipping_batches_is_dropping_them(each: Case, skip: int, per_step: int) -> None:
+    """`skip=k` gives the batches after the k-th, `per_step=m` joins each m of them in a row; nothing else changes."""
+    left = each.batches()[skip:]
+    joined = [list(itertools.chain(*left[i : i + per_step])) for i in range(0, len(left), per_step)]
+    steps = schedule(each.order, each.reader, skip=skip, per_step=per_step)
+    assert [gathered(each.order, step) for step in steps] == joined
+    check_visits(schedule(each.order, each.reader, skip=skip, per_step=per_step))
+
+
+def test_a_visit_closes_when_its_lane_moves_on() -> None:
+    """Before the last planned group, a visit closes in the very step that opens the lane's next block."""
+    each = case([10] * 40, lanes=2, chunk=5, shuffle_block=20, batch_size=5)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(schedule_module, "_PLANNED_POSITIONS", 5)
+        steps = list(schedule(each.order, each.reader))
+    current: dict[int, Visit] = {}
+    for step in steps[:-1]:
+        left = [current[visit.block.lane] for visit in step.opened if visit.block.lane in current]
+        assert list(map(id, step.closed)) == list(map(id, left))
+        current.update((visit.block.lane, visit) for visit in step.opened)
+    assert set(map(id, current.values())) == set(map(id, steps[-1].closed))
+
+
+def test_padding_visits_the_first_block_again() -> None:
+    """A tail that wraps opens the epoch's first block a second time, as a visit of its own."""
+    each = case([4] * 6, shuffle_block=8, batch_size=5)
+    steps = list(schedule(each.order, each.reader))
+    opened = [visit for step in steps for visit in step.opened]
+    assert opened[0].block == opened[-1].block
+    assert opened[0] is not opened[-1]
+    assert gathered(each.order, steps[-1])[4:] == [tuple(each.naive[0])]
+
+
+def test_an_epoch_smaller_than_a_batch_wraps_around_and_around() -> None:
+    """A batch of more samples than there are holds the epoch again and again."""
+    each = case([2, 1], batch_size=8)
+    (step,) = schedule(each.order, each.reader)
+    assert gathered(each.order, step) == [tuple(row) for row in (each.naive * 3)[:8]]
+
+
+@pytest.mark.parametrize("tail", TAILS)
+@pytest.mark.parametrize("rows", [[], [0, 0], [3]])
+def test_nothing_left_is_no_step(tail: Tail, rows: list[int]) -> None:
+    """At the end of an epoch, or in an empty one, there are no steps."""
+    each = case(rows, start=sum(rows), tail=tail)
+    assert list(schedule(each.order, each.reader)) == []
+
+
+@pytest.mark.parametrize(
+    ("num_shards", "spread", "with_end"),
+    [(512, 0, True), (512, 200, False), (2048, 200, True)],
+    ids=["equal shards", "unequal shards but for the last steps", "unequal shards"],
+)
+def test_each_shard_is_read_by_one_reader(num_shards: int, spread: int, with_end: bool) -> None:
+    """With the default order on 8 ranks of 4 workers, shards have at most 1.1 readers on average.
+
+    What is more than 1 are the shards on the borders of the 32 lanes, and the rows left when the lanes stop taking
+    turns: each rank takes its last batch from the last blocks of about three lanes. Both cost a fixed number of reads,
+    so with fewer than about 64 shards a reader the end alone weighs more than 0.1 (0.14 with 512 unequal shards).
+    """
+    rows = 2_000 + np.arange(num_shards, dtype=np.int64) * 7_919 % (2 * spread + 1) - spread
+    shape = OrderSettings(shuffle=True, seed=5, lanes=32, chunk=64, shuffle_block=4_000)
+    order = EpochOrder(rows, shape, epoch=0)
+    num_readers: Counter[int] = Counter()
+    for rank, worker in itertools.product(range(8), range(4)):
+        reader = Assignment(
+            num_samples=order.num_samples if with_end else order.num_samples // 2048 * 2048,
+            start=0,
+            batch_size=64,
+            topology=Topology(rank=rank, world_size=8, worker=worker, num_workers=4),
+            tail="uneven",
+        )
+        steps = schedule(order, reader)
+        num_readers.update({piece.shard for step in steps for visit in step.opened for piece in visit.block.pieces})
+    assert len(num_readers) == num_shards
+    assert sum(num_readers.values()) / num_shards <= 1.1
+
+
+def test_each_lane_has_one_reader_while_all_lanes_last() -> None:
+    """With the default order, each lane belongs to one reader for as long as lanes take turns; only the few rows
+    that remain at the end may be read by another."""
+    shape = OrderSettings(shuffle=True, seed=5, lanes=8, chunk=16, shuffle_block=100)
+    order = EpochOrder(np.full(40, 50), shape, epoch=0)
+    full_rounds = order.num_samples // (8 * 16) * (8 * 16)
+    owners: dict[int, set[tuple[int, int]]] = {}
+    for rank, worker in itertools.product(range(4), range(2)):
+        topology = Topology(rank=rank, world_size=4, worker=worker, num_workers=2)
+        reader = Assignment(num_samples=full_rounds, start=0, batch_size=16, topology=topology, tail="drop")
+        lanes, _ = order.locate(reader.positions(0, reader.num_batches)[0])
+        for lane in set(lanes.tolist()):
+            owners.setdefault(lane, set()).add((rank, worker))
+    assert sorted(owners) == list(range(8))
+    assert all(len(mine) == 1 for mine in owners.values())
