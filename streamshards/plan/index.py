@@ -26,7 +26,7 @@ MAX_INDEX_BYTES: Final = 1 << 30
 _MAX_COUNT: Final = 1 << 48
 """No shard has more rows or bytes than this."""
 _MAX_TOTAL: Final = 1 << 61
-"""No dataset has more rows or bytes than this: sums, also of two columns, stay inside int64 however many shards there are."""
+"""No dataset has more rows or bytes than this: sums stay inside int64, also those of two columns together."""
 
 _DIGEST: Final = re.compile(r"[0-9a-f]{32}")
 _BAD_NAME: Final = re.compile(
