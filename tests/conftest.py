@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import multiprocessing
 import os
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager
@@ -12,6 +13,9 @@ from typing import Any, Final, NamedTuple
 import pytest
 
 from streamshards.testing.servers import S3Server, ServerNotInstalled, juicefs, seaweedfs
+
+# Processes of this server begin with torch imported: tests that kill many of them would spend minutes on imports.
+multiprocessing.set_forkserver_preload(["streamshards.loader", "streamshards.writer"])
 
 BUCKET: Final = "streamshards"
 _number = itertools.count()

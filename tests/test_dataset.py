@@ -398,7 +398,7 @@ def test_ranks_come_from_the_environment_or_the_process_group(
     url: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     """RANK and WORLD_SIZE, then an initialised process group, decide at iteration, not at construction."""
-    dataset = StreamingDataset(url, batch_size=8)
+    dataset = StreamingDataset(url, batch_size=8, order=OrderOptions(lanes=1))
     monkeypatch.setenv("WORLD_SIZE", "2")
     with pytest.raises(OptionInvalid, match="RANK is not set"):
         iter(dataset)

@@ -196,7 +196,8 @@ def test_repr(url: str) -> None:
 
 def _train(url: str, num_workers: int, state: dict[str, Any] | None, results: Connection) -> None:
     """One life of a training process: tell the parent each batch with the state after it, epoch after epoch."""
-    loader = make(url, num_workers)
+    # Forked workers notice that their parent is gone; a fork server's would outlive it.
+    loader = make(url, num_workers, multiprocessing_context="fork" if num_workers else None)
     if state is not None:
         loader.load_state_dict(state)
     while True:
@@ -213,12 +214,12 @@ def test_sigkill_anywhere_and_resume(
     rng = random.Random(20 + num_workers)
     expected = epochs[0] + epochs[1] + epochs[2]
     context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["tests.test_loader"])
+    lives = []
     received: list[list[int]] = []
     state: dict[str, Any] | None = None
     for _ in range(20):
         ours, theirs = context.Pipe(duplex=False)
-        process = context.Process(target=_train, args=(url, num_workers, state, theirs), daemon=False)
+        process = context.Process(target=_train, args=(url, num_workers, state, theirs))
         process.start()
         theirs.close()
         for _ in range(rng.randint(1, 20)):
@@ -227,7 +228,9 @@ def test_sigkill_anywhere_and_resume(
             state = json.loads(text)
         assert process.pid is not None
         os.kill(process.pid, signal.SIGKILL)
-        process.join()
+        lives.append(process)
         ours.close()
+    for process in lives:  # only now: a life counts as over when its orphaned workers have noticed, seconds later
+        process.join()
     assert received == expected[: len(received)]
     assert len(received) > 60
