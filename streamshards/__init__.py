@@ -15,11 +15,13 @@ if TYPE_CHECKING:
     from streamshards.dataset import open_shard as open_shard
     from streamshards.errors import AccessDenied as AccessDenied
     from streamshards.errors import IndexInvalid as IndexInvalid
+    from streamshards.errors import ObjectExists as ObjectExists
     from streamshards.errors import OptionInvalid as OptionInvalid
     from streamshards.errors import ResumeMismatch as ResumeMismatch
     from streamshards.errors import SampleInvalid as SampleInvalid
     from streamshards.errors import ShardCorrupt as ShardCorrupt
     from streamshards.errors import ShardMissing as ShardMissing
+    from streamshards.errors import StoreError as StoreError
     from streamshards.errors import StoreUnavailable as StoreUnavailable
     from streamshards.errors import StreamShardsError as StreamShardsError
     from streamshards.errors import TooManyCorrupt as TooManyCorrupt
@@ -34,8 +36,8 @@ if TYPE_CHECKING:
 _HOMES: Final = {
     "streamshards.dataset": ("StreamingDataset", "open_shard"),
     "streamshards.errors": (
-        "AccessDenied", "IndexInvalid", "OptionInvalid", "ResumeMismatch", "SampleInvalid", "ShardCorrupt",
-        "ShardMissing", "StoreUnavailable", "StreamShardsError", "TooManyCorrupt",
+        "AccessDenied", "IndexInvalid", "ObjectExists", "OptionInvalid", "ResumeMismatch", "SampleInvalid",
+        "ShardCorrupt", "ShardMissing", "StoreError", "StoreUnavailable", "StreamShardsError", "TooManyCorrupt",
     ),
     "streamshards.loader": ("StreamingDataLoader",),
     "streamshards.options": ("OrderOptions", "PrefetchOptions", "RetryOptions"),

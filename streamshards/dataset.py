@@ -17,9 +17,10 @@ from torch.utils.data import IterableDataset, default_collate
 from streamshards.clock import SystemClock
 from streamshards.engine.catalog import load_index
 from streamshards.engine.fetch import Fetcher
+from streamshards.engine.guard import end_with_parent
 from streamshards.engine.loading import BlockLoader, LossPolicy
 from streamshards.engine.prefetch import BatchStream
-from streamshards.errors import OptionInvalid
+from streamshards.errors import OptionInvalid, StreamShardsError
 from streamshards.events import Counters, Event, Observer, emit, summarize
 from streamshards.options import GiB, MiB, OrderOptions, PrefetchOptions, RetryOptions, require_int
 from streamshards.plan.assignment import Assignment, require_tail
@@ -241,10 +242,18 @@ class StreamingDataset(IterableDataset[Any]):
     def state_dict(self) -> dict[str, Any]:
         """Return where this dataset's latest iteration is, as a small flat dict of JSON values.
 
-        It counts what ``next`` returned in this process. With DataLoader workers, ask the ``StreamingDataLoader``.
+        It counts what ``next`` returned in this process; with DataLoader workers, the ``StreamingDataLoader`` counts.
+
+        Raises:
+            StreamShardsError: Workers of a plain DataLoader iterate; this process cannot know how far they are.
         """
         if self._progress is not None:
             return self._progress.state().to_dict()
+        if current_slot() == 0 and self._start.have_workers_begun:
+            raise StreamShardsError(
+                f"{self.url}: the place is known in the DataLoader's workers, not here; "
+                "iterate a StreamingDataLoader(dataset, num_workers=…) and ask it for its state_dict()"
+            )
         worker = current_worker()
         topology = current_rank(self._chosen_rank)
         return self._state(self._start.peek(current_slot()), topology.with_worker(*(worker or (0, 1)))).to_dict()
@@ -316,6 +325,8 @@ class StreamingDataset(IterableDataset[Any]):
 
     def _iterate(self, start: Start, topology: Topology, slot: int) -> _Iterator:
         """Return an iterator of one reader that begins at *start*; its threads are running."""
+        if slot:
+            end_with_parent()
         assignment = self._assignment(topology, start.position)
         if self.tail == "drop" and self.num_samples and not self._assignment(topology, 0).rank_batches:
             raise OptionInvalid(

@@ -121,6 +121,11 @@ class SharedStart:
         """How often :meth:`restart` was called."""
         return int(self._words[self._GENERATION])
 
+    @property
+    def have_workers_begun(self) -> bool:
+        """Whether any DataLoader worker has begun an iteration since the last :meth:`restart`."""
+        return bool(self._words[self._SLOTS + 1 :].any())
+
     def restart(self, epoch: int, *, position: int = 0, batches: int = 0, order: OrderSettings | None = None) -> None:
         """Let the next iteration of every process begin here, and later ones with the epochs after.
 

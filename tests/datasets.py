@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Iterable
 from typing import Any
 
@@ -49,3 +50,8 @@ def write(url: str, numbers: Iterable[int], *, shard_bytes: int = 16_000, **opti
 def ids(batches: Iterable[dict[str, Any]]) -> list[list[int]]:
     """Return the ids in each of some batches."""
     return [batch["id"].tolist() for batch in batches]
+
+
+def flat(lists: Iterable[Iterable[int]]) -> list[int]:
+    """Return the items of all lists, one after the other."""
+    return list(itertools.chain.from_iterable(lists))

@@ -26,11 +26,12 @@ from streamshards import (
     RetryOptions,
     StoreUnavailable,
     StreamingDataset,
+    StreamShardsError,
     Topology,
     open_shard,
 )
 from tests.conftest import StoreUrl
-from tests.datasets import assert_same, ids, sample, write
+from tests.datasets import assert_same, flat, ids, sample, write
 
 NUM_SAMPLES = 2345
 LANES = OrderOptions(lanes=4, shuffle_block=300)
@@ -82,7 +83,7 @@ def test_batches_hold_the_same_values_as_samples(url: str) -> None:
 def test_shuffled_epoch_is_a_permutation(url: str, lanes: int | None, batch_size: int | None) -> None:
     """Every sample once, whatever the lanes and the batch size; "pad" wraps to the epoch's first samples."""
     dataset = StreamingDataset(url, shuffle=True, batch_size=batch_size, order=OrderOptions(lanes=lanes))
-    delivered = [s["id"] for s in dataset] if batch_size is None else sum(ids(dataset), [])
+    delivered = [s["id"] for s in dataset] if batch_size is None else flat(ids(dataset))
     assert sorted(delivered[:NUM_SAMPLES]) == list(range(NUM_SAMPLES))
     assert delivered[:NUM_SAMPLES] != list(range(NUM_SAMPLES))
     padding = delivered[NUM_SAMPLES:]
@@ -105,7 +106,7 @@ def test_samples_batched_by_torch_come_once_each(url: str, num_workers: int) -> 
     dataset = StreamingDataset(url, shuffle=True, columns=["id", "x"])
     loader = DataLoader(dataset, batch_size=32, num_workers=num_workers)
     batches = list(loader)
-    delivered = sum(ids(batches), [])
+    delivered = flat(ids(batches))
     assert sorted(delivered) == list(range(NUM_SAMPLES))
     assert all(torch.equal(b["x"][:, 0].long(), b["id"]) for b in batches)
 
@@ -136,7 +137,7 @@ def test_ranks_together_deliver_every_global_batch(url: str) -> None:
             )
             for rank in range(world_size)
         ]
-        assert [sum(step, []) for step in zip(*parts, strict=True)] == whole
+        assert [flat(step) for step in zip(*parts, strict=True)] == whole
 
 
 @pytest.mark.parametrize("tail", ["pad", "drop", "uneven"])
@@ -147,7 +148,7 @@ def test_tails(url: str, tail: Any) -> None:
     ]
     parts = [ids(dataset) for dataset in datasets]
     assert [len(part) for part in parts] == [len(dataset) for dataset in datasets]
-    delivered = sum(sum(parts, []), [])
+    delivered = flat(flat(parts))
     if tail == "uneven":
         assert sorted(delivered) == list(range(NUM_SAMPLES))
     else:
@@ -317,6 +318,14 @@ def test_state_is_small_fresh_and_plain(url: str) -> None:
     assert len(json.dumps(after)) < 1024
 
 
+def test_a_state_that_only_workers_know_is_refused_not_guessed(url: str) -> None:
+    """With a plain DataLoader's workers the main process does not know the place, and says so."""
+    dataset = StreamingDataset(url, batch_size=32)
+    list(DataLoader(dataset, batch_size=None, num_workers=1, collate_fn=_identity))
+    with pytest.raises(StreamShardsError, match="StreamingDataLoader"):
+        dataset.state_dict()
+
+
 def test_the_state_outlives_a_set_epoch_of_the_same_epoch(url: str) -> None:
     """The usual loop calls set_epoch(e) first: that must not throw away a place inside epoch e."""
     dataset = StreamingDataset(url, batch_size=32, shuffle=True)
@@ -336,13 +345,13 @@ def test_the_state_outlives_a_set_epoch_of_the_same_epoch(url: str) -> None:
 def test_another_batch_size_goes_on_at_the_same_sample(url: str) -> None:
     """The state counts samples: a resume with another batch size continues the same order."""
     dataset = StreamingDataset(url, batch_size=32, shuffle=True)
-    order = sum(ids(StreamingDataset(url, batch_size=32, shuffle=True)), [])
+    order = flat(ids(StreamingDataset(url, batch_size=32, shuffle=True)))
     iterator = iter(dataset)
     for _ in range(5):
         next(iterator)
     resumed = StreamingDataset(url, batch_size=48, shuffle=True)
     resumed.load_state_dict(dataset.state_dict())
-    assert sum(ids(resumed), [])[: NUM_SAMPLES - 160] == order[160:NUM_SAMPLES]
+    assert flat(ids(resumed))[: NUM_SAMPLES - 160] == order[160:NUM_SAMPLES]
 
 
 def test_another_dataset_or_seed_is_refused(url: str, tmp_path: Path) -> None:
@@ -365,9 +374,7 @@ def test_workers_of_every_start_method(url: str, context: str) -> None:
     running = iter(dataset)
     reference = ids([next(running)])
     dataset.set_epoch(0)
-    loader = DataLoader(
-        dataset, batch_size=None, num_workers=2, multiprocessing_context=context, collate_fn=_identity
-    )
+    loader = DataLoader(dataset, batch_size=None, num_workers=2, multiprocessing_context=context, collate_fn=_identity)
     delivered = ids(loader)
     assert delivered[:1] == reference
     assert len(delivered) == 74
@@ -461,7 +468,7 @@ def test_not_a_dataset(tmp_path: Path) -> None:
 
 def test_an_endpoint_that_never_answered_is_given_up_early() -> None:
     """Opening has its own, short deadline."""
-    with pytest.raises(StoreUnavailable, match="127.0.0.1:9"):
+    with pytest.raises(StoreUnavailable, match=r"127\.0\.0\.1:9"):
         StreamingDataset(
             "s3://bucket/x",
             storage_options={"endpoint_url": "http://127.0.0.1:9", "key": "k", "secret": "s"},

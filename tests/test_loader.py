@@ -6,9 +6,9 @@ import json
 import multiprocessing
 import os
 import random
+import select
 import signal
 from multiprocessing.connection import Connection
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -134,9 +134,7 @@ def test_a_load_is_used_once_and_may_be_repeated(url: str, epochs: list[list[lis
 
 
 @workers
-def test_set_epoch_on_the_dataset_reaches_the_loader(
-    url: str, epochs: list[list[list[int]]], num_workers: int
-) -> None:
+def test_set_epoch_on_the_dataset_reaches_the_loader(url: str, epochs: list[list[list[int]]], num_workers: int) -> None:
     """dataset.set_epoch and loader.dataset.set_epoch both say where the next iteration begins."""
     dataset = make_dataset(url)
     loader = StreamingDataLoader(dataset, num_workers=num_workers)
@@ -234,3 +232,32 @@ def test_sigkill_anywhere_and_resume(
         process.join()
     assert received == expected[: len(received)]
     assert len(received) > 60
+
+
+def _hang(url: str, results: Connection) -> None:
+    """Begin to train with workers of a fork server, tell their pids, and wait to be killed."""
+    loader = make(url, 2, multiprocessing_context="forkserver")
+    iterator = iter(loader)
+    next(iterator)
+    results.send([child.pid for child in multiprocessing.active_children()])
+    signal.pause()
+
+
+@pytest.mark.skipif(not hasattr(os, "pidfd_open"), reason="needs pidfd_open (Linux 5.3)")
+def test_workers_end_when_the_trainer_is_killed(url: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """SIGKILL of the training process ends its workers too, even those whose parent is a fork server."""
+    monkeypatch.setenv("PYTHONWARNINGS", "ignore")
+    context = multiprocessing.get_context("forkserver")
+    ours, theirs = context.Pipe(duplex=False)
+    process = context.Process(target=_hang, args=(url, theirs))
+    process.start()
+    theirs.close()
+    handles = [os.pidfd_open(pid) for pid in ours.recv()]
+    assert len(handles) == 2
+    assert process.pid is not None
+    os.kill(process.pid, signal.SIGKILL)
+    for handle in handles:
+        assert select.select([handle], [], [], 60)[0], "a worker outlived its trainer"
+        os.close(handle)
+    ours.close()
+    process.join()
