@@ -18,7 +18,7 @@ def sample(number: int) -> dict[str, Any]:
         "x": torch.tensor([number, -number, 0.5], dtype=torch.float32),
         "half": torch.tensor([number % 97], dtype=torch.bfloat16),
         "tokens": torch.arange(number % 11, dtype=torch.int32) + number,
-        "text": f"sample {number} – ümläut",
+        "text": f"sample {number} - ümläut",
         "blob": bytes([number % 256]) * (number % 5),
         "meta": {"tags": [number, {"odd": bool(number % 2)}, None], "score": number / 8, "flag": number % 3 == 0},
         "maybe": None if number % 4 else torch.tensor(number),
