@@ -55,6 +55,14 @@ _CODES: Final[tuple[tuple[type[StreamShardsError], ExitCode], ...]] = (
 """The first that fits decides: ``ShardMissing`` is a ``StoreError``, too."""
 
 
+class Stopped(Exception):
+    """The command was stopped from outside: by Ctrl-C, or because nobody reads its output any more."""
+
+    def __init__(self, code: ExitCode) -> None:
+        super().__init__(MEANINGS[code])
+        self.code = code
+
+
 def code_of(error: StreamShardsError) -> ExitCode:
     """Return the exit code for *error*."""
     return next((code for kind, code in _CODES if isinstance(error, kind)), ExitCode.INTERNAL)

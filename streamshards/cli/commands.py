@@ -3,20 +3,43 @@
 from __future__ import annotations
 
 import json
+import sys
 from enum import Enum
 from typing import Annotated, Any, Final
 
 import typer
+from typer.core import TyperGroup
 
 import streamshards
-from streamshards.cli.codes import MEANINGS, ExitCode
+from streamshards.cli.codes import MEANINGS, ExitCode, Stopped
 from streamshards.cli.progress import progress_bar
 from streamshards.errors import OptionInvalid
 from streamshards.options import RetryOptions
 
 _EXIT_CODES: Final = "\n".join(["\b", "Exit codes:", *(f"{int(code):>5}  {text}" for code, text in MEANINGS.items())])
 
+
+class _Commands(TyperGroup):
+    """The commands, which leave it to ``outcome`` to say how they were stopped: typer would say it in its own way."""
+
+    def invoke(self, ctx: Any) -> Any:
+        """Run the command that was asked for.
+
+        Raises:
+            Stopped: Ctrl-C, or the reader of stdout is gone.
+        """
+        try:
+            result = super().invoke(ctx)
+            sys.stdout.flush()  # while it can still be told from a defect that nobody reads
+        except KeyboardInterrupt:
+            raise Stopped(ExitCode.INTERRUPTED) from None
+        except BrokenPipeError:
+            raise Stopped(ExitCode.PIPE_CLOSED) from None
+        return result
+
+
 app = typer.Typer(
+    cls=_Commands,
     name="streamshards",
     help="Pack, index, look at and check datasets of zstd-compressed .pt shards, on disk or in S3.",
     epilog=_EXIT_CODES,
@@ -186,7 +209,7 @@ def inspect(
 @app.command()
 def cat(
     url: Url,
-    limit: Annotated[int, typer.Option(min=0, help="How many samples at most.")] = 10,
+    limit: Annotated[int, typer.Option(help="How many samples at most.")] = 10,
     start: Annotated[int, typer.Option(help="The first sample; negative numbers count from the end.")] = 0,
     columns: Annotated[str | None, typer.Option(metavar="A,B", help="Only these fields.")] = None,
     trust_pickle: TrustPickle = False,

@@ -11,7 +11,7 @@ import traceback
 from collections.abc import Iterator, Sequence
 from typing import Final
 
-from streamshards.cli.codes import ExitCode, code_of
+from streamshards.cli.codes import ExitCode, Stopped, code_of
 from streamshards.errors import StreamShardsError
 
 _FLAGS: Final = (
@@ -41,11 +41,11 @@ def run(words: Sequence[str]) -> int:
     try:
         with _logging(debug):
             return _run(rest)
-    except KeyboardInterrupt:
+    except (KeyboardInterrupt, Stopped) as stop:
+        if isinstance(stop, Stopped) and stop.code is ExitCode.PIPE_CLOSED:
+            _silence_stdout()
+            return stop.code
         return _fail("interrupted", ExitCode.INTERRUPTED)
-    except BrokenPipeError:
-        _silence_stdout()
-        return ExitCode.PIPE_CLOSED
     except Exception as error:  # noqa: BLE001 - the last door: whatever it is becomes one line
         if _is_usage(error):
             return _fail(_usage_line(error), ExitCode.USAGE)
@@ -57,9 +57,7 @@ def run(words: Sequence[str]) -> int:
 def _run(words: list[str]) -> int:
     from streamshards.cli.commands import app
 
-    code = app(args=words, prog_name="streamshards", standalone_mode=False)
-    sys.stdout.flush()
-    return int(code or 0)
+    return int(app(args=words, prog_name="streamshards", standalone_mode=False) or 0)
 
 
 def _fail(line: str, code: ExitCode) -> int:

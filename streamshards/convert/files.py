@@ -56,7 +56,8 @@ def find_files(place: Place) -> list[PtFile]:
     found = place.list()
     files = [PtFile(name, size) for name, size in found if _FILE.search(name) and not _is_hidden(name)]
     if not files:
-        what = f"{len(found):,} other files such as {found[0][0]}" if found else "empty, or it does not exist"
+        others = f"{len(found):,} other file{'' if len(found) == 1 else 's'}"
+        what = f"{others} such as {found[0][0]}" if found else "empty, or it does not exist"
         raise IndexInvalid(f"{place.url}: no .pt or .pth files (plain, .zst or .gz) here: {what}; check the url")
     return sorted(files, key=lambda file: natural_key(file.name))
 

@@ -88,8 +88,8 @@ class _Rows:
     def add(self, file: PtFile, loaded: LoadedFile) -> None:
         if loaded.layout == OWN and not loaded.is_framed:
             raise SampleInvalid(
-                f"{self._place.url}/{file.name}: the .pt file out of a shard, which cannot be read in place; "
-                f"pack the files: streamshards pack {self._place.url} DST"
+                f"{self._place.url}/{file.name}: the .pt file of a shard, but its seek table is damaged or gone; "
+                f"pack it anew: streamshards pack {self._place.url} DST"
             )
         columns = loaded.columns
         if columns.num_rows:  # the columns of no rows have no types
