@@ -12,6 +12,7 @@ Branches are cut by what the caller can do about it::
     └── StoreError           look at the store
         ├── ObjectMissing    the object is not there
         │   └── ShardMissing the index names it, the store does not have it
+        ├── ObjectTooLarge   not the object that was meant, or one that grew
         ├── ObjectExists     another writer was first: choose another key, or read what is there
         ├── AccessDenied     mend the credentials or the bucket policy
         └── StoreUnavailable wait and try again; the only *transient* one
@@ -66,6 +67,10 @@ class ObjectMissing(StoreError):
 
 class ShardMissing(ObjectMissing):
     """The index names a shard that the store does not have."""
+
+
+class ObjectTooLarge(StoreError):
+    """The object is longer than the caller is ready to take."""
 
 
 class ObjectExists(StoreError):

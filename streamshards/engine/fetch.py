@@ -18,7 +18,7 @@ from typing import Final
 
 from streamshards.clock import Clock
 from streamshards.engine.retry import Cancelled, with_retries
-from streamshards.errors import ObjectMissing, SampleInvalid, ShardCorrupt, ShardMissing
+from streamshards.errors import ObjectMissing, ObjectTooLarge, SampleInvalid, ShardCorrupt, ShardMissing
 from streamshards.events import Counters, Event, FetchRetried
 from streamshards.options import RetryOptions
 from streamshards.plan.index import Index
@@ -69,7 +69,8 @@ class Fetcher:
         self._counters = counters
         self._emit = emit
         self._trust_pickle = trust_pickle
-        self._bad: dict[int, ShardCorrupt | ShardMissing] = {}
+        # Not the errors themselves: their tracebacks would keep the shards' bytes.
+        self._bad: dict[int, tuple[type[ShardCorrupt | ShardMissing], str]] = {}
 
     def url_of(self, shard: int) -> str:
         """Return the url of shard number *shard*, for messages."""
@@ -87,27 +88,29 @@ class Fetcher:
         """
         known = self._bad.get(shard)
         if known is not None:
-            raise type(known)(str(known)) from known
+            kind, text = known
+            raise kind(text)
         try:
             return self._fetch(shard)
         except (ShardCorrupt, ShardMissing) as error:
-            self._bad[shard] = error
+            self._bad[shard] = (type(error), str(error))
             raise
 
     def _fetch(self, shard: int) -> ShardReader:
         attempt = 1
         while True:
-            data = self._get(shard)
             try:
-                return self._open(shard, data)
+                return self._open(shard, self._get(shard))
             except ShardCorrupt as error:
                 if attempt >= self._retry.corrupt_attempts:
                     raise
-                wait_s = self._clock.jitter(self._retry.base_s)
-                self._emit(FetchRetried(self.url_of(shard), attempt, wait_s, str(error)))
-                if self._clock.wait(self._cancelled, wait_s):
-                    raise Cancelled from None
-                attempt += 1
+                cause = str(error)
+            # After the handler, when neither the error nor its traceback keeps the wrong bytes any more.
+            wait_s = self._clock.jitter(self._retry.base_s)
+            self._emit(FetchRetried(self.url_of(shard), attempt, wait_s, cause))
+            if self._clock.wait(self._cancelled, wait_s):
+                raise Cancelled
+            attempt += 1
 
     def _get(self, shard: int) -> bytes:
         started = self._clock.now()
@@ -134,18 +137,19 @@ class Fetcher:
             ) from error
 
     def _get_with_retries(self, shard: int) -> bytes:
-        name = self._index.names[shard]
-        # One byte more than promised, so that an object that grew is told from one that is right.
-        max_bytes = int(self._index.sizes[shard]) + 1
-        return with_retries(
-            lambda timeout_s: self._store.get(name, timeout_s=timeout_s, max_bytes=max_bytes),
-            what=self.url_of(shard),
-            options=self._retry,
-            deadline_s=self._retry.deadline_s,
-            clock=self._clock,
-            cancelled=self._cancelled,
-            on_retry=self._emit,
-        )
+        name, promised = self._index.names[shard], int(self._index.sizes[shard])
+        try:
+            return with_retries(
+                lambda timeout_s: self._store.get(name, timeout_s=timeout_s, max_bytes=promised),
+                what=self.url_of(shard),
+                options=self._retry,
+                deadline_s=self._retry.deadline_s,
+                clock=self._clock,
+                cancelled=self._cancelled,
+                on_retry=self._emit,
+            )
+        except ObjectTooLarge as error:
+            raise ShardCorrupt(f"{self.url_of(shard)}: {promised:,} bytes promised by the index; {error}") from error
 
     def _open(self, shard: int, data: bytes) -> ShardReader:
         url, promised = self.url_of(shard), int(self._index.sizes[shard])

@@ -18,7 +18,7 @@ import fsspec
 import fsspec.asyn
 import fsspec.core
 
-from streamshards.errors import ObjectExists, OptionInvalid, StoreError, StoreUnavailable, StreamShardsError
+from streamshards.errors import ObjectExists, ObjectTooLarge, OptionInvalid, StoreUnavailable, StreamShardsError
 from streamshards.storage.location import parse_url
 from streamshards.storage.s3 import get_object, put_object, s3_options
 from streamshards.storage.store import check_key
@@ -121,10 +121,10 @@ class FsspecStore:
     def _get_generic(self, fs: Any, path: str, key: str, *, timeout_s: float, max_bytes: int) -> bytes:
         size = self._call(fs, "info", path, timeout_s=timeout_s).get("size")
         if size is not None and size > max_bytes:
-            raise StoreError(f"{self.url}/{key}: get refused: {size:,} bytes, at most {max_bytes:,} were expected")
+            raise ObjectTooLarge(f"{self.url}/{key}: get refused: {size:,} bytes, at most {max_bytes:,} were expected")
         data: bytes = self._call(fs, "cat_file", path, timeout_s=timeout_s)
         if len(data) > max_bytes:
-            raise StoreError(f"{self.url}/{key}: get refused: {len(data):,} bytes, {max_bytes:,} were expected")
+            raise ObjectTooLarge(f"{self.url}/{key}: get refused: {len(data):,} bytes, {max_bytes:,} were expected")
         if size is not None and len(data) != size:
             raise StoreUnavailable(f"{self.url}/{key}: get failed: {len(data):,} of {size:,} bytes came; try again")
         return data

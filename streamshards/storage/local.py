@@ -10,7 +10,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Final
 
-from streamshards.errors import ObjectMissing, StoreError
+from streamshards.errors import ObjectMissing, ObjectTooLarge
 from streamshards.storage.location import parse_url
 from streamshards.storage.store import check_key
 from streamshards.storage.translate import translated
@@ -89,7 +89,7 @@ def _read(path: Path, *, max_bytes: int) -> bytes:
         if not stat.S_ISREG(status.st_mode):
             raise IsADirectoryError
         if status.st_size > max_bytes:
-            raise StoreError(f"{path}: get refused: {status.st_size:,} bytes, at most {max_bytes:,} were expected")
+            raise ObjectTooLarge(f"{path}: get refused: {status.st_size:,} bytes, at most {max_bytes:,} were expected")
         return file.readall()
 
 

@@ -11,7 +11,7 @@ from collections.abc import Mapping
 from typing import Any, Final
 from urllib.parse import urlsplit
 
-from streamshards.errors import ObjectExists, StoreError, StoreUnavailable
+from streamshards.errors import ObjectExists, ObjectTooLarge, StoreUnavailable
 from streamshards.storage.translate import RedirectRefused
 
 _CONNECT_TIMEOUT_S: Final = 5
@@ -52,7 +52,7 @@ async def get_object(fs: Any, path: str, *, max_bytes: int) -> bytes:
     Args:
         fs: The ``s3fs.S3FileSystem``, on whose loop this runs.
         path: ``bucket/key``.
-        max_bytes: More is a ``StoreError``.
+        max_bytes: More is ``ObjectTooLarge``.
     """
     bucket, _, key = path.partition("/")
     answer = await fs._call_s3("get_object", Bucket=bucket, Key=key)
@@ -62,7 +62,7 @@ async def get_object(fs: Any, path: str, *, max_bytes: int) -> bytes:
         if length is None:  # only a broken server or proxy leaves it out; a cut body could not be told from a whole one
             raise StoreUnavailable(f"s3://{path}: get failed: an answer without Content-Length; check for a proxy")
         if length > max_bytes:
-            raise StoreError(f"s3://{path}: get refused: {length:,} bytes, at most {max_bytes:,} were expected")
+            raise ObjectTooLarge(f"s3://{path}: get refused: {length:,} bytes, at most {max_bytes:,} were expected")
         data: bytes = await body.read()
     finally:
         body.close()

@@ -13,6 +13,7 @@ class Store(Protocol):
     Raises (all methods):
         StoreUnavailable: No or no complete answer, or "not now"; the one worth trying again.
         ObjectMissing: No such object, or no such bucket.
+        ObjectTooLarge: Longer than the caller takes.
         AccessDenied: No credentials, refused ones, or a file we may not touch.
         OptionInvalid: A key that is no key, or an option the filesystem does not take.
         StoreError: Anything else; the message says what next.
@@ -29,7 +30,7 @@ class Store(Protocol):
         Args:
             key: As in :func:`check_key`.
             timeout_s: Abandon the request after this long. A local disk cannot be abandoned.
-            max_bytes: An object longer than this is a ``StoreError``, raised before its bytes are taken into memory.
+            max_bytes: An object longer than this is ``ObjectTooLarge``, raised before its bytes are taken into memory.
         """
 
     def put(self, key: str, data: bytes | memoryview, *, timeout_s: float, if_absent: bool = False) -> None:

@@ -11,7 +11,7 @@ from streamshards.errors import (
     AccessDenied,
     ObjectExists,
     ObjectMissing,
-    StoreError,
+    ObjectTooLarge,
     StoreUnavailable,
     StreamShardsError,
 )
@@ -40,7 +40,7 @@ class MemoryStore:
         if data is None:
             raise ObjectMissing(f"{self.url}/{key}: get failed: no such object; check the key")
         if len(data) > max_bytes:
-            raise StoreError(f"{self.url}/{key}: get refused: {len(data):,} bytes, {max_bytes:,} were expected")
+            raise ObjectTooLarge(f"{self.url}/{key}: get refused: {len(data):,} bytes, {max_bytes:,} were expected")
         return data
 
     def put(self, key: str, data: bytes | memoryview, *, timeout_s: float, if_absent: bool = False) -> None:  # noqa: ARG002 - memory is at once

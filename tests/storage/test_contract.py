@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING
 
 import pytest
 
-from streamshards.errors import ObjectExists, ObjectMissing, OptionInvalid, StoreError, StoreUnavailable
+from streamshards.errors import ObjectExists, ObjectMissing, ObjectTooLarge, OptionInvalid, StoreError, StoreUnavailable
 from streamshards.storage import Store, open_store
 from streamshards.storage.local import LocalStore
 
@@ -136,7 +136,7 @@ class TestStore:
         """An object longer than expected is refused, and the error is not one to be retried."""
         _put(store, "a", b"12345")
         assert _get(store, "a", max_bytes=5) == b"12345"
-        with pytest.raises(StoreError, match="5 bytes") as caught:
+        with pytest.raises(ObjectTooLarge, match="5 bytes") as caught:
             _get(store, "a", max_bytes=4)
         assert not caught.value.transient
 

@@ -7,7 +7,15 @@ import threading
 
 import pytest
 
-from streamshards.errors import AccessDenied, ObjectExists, ObjectMissing, OptionInvalid, StoreError, StoreUnavailable
+from streamshards.errors import (
+    AccessDenied,
+    ObjectExists,
+    ObjectMissing,
+    ObjectTooLarge,
+    OptionInvalid,
+    StoreError,
+    StoreUnavailable,
+)
 from streamshards.storage import Store
 from streamshards.testing import (
     DENIED,
@@ -41,7 +49,7 @@ def test_memory_store() -> None:
     store.delete("b")
     with pytest.raises(ObjectMissing):
         _get(store, "b")
-    with pytest.raises(StoreError, match="2 bytes"):
+    with pytest.raises(ObjectTooLarge, match="2 bytes"):
         store.get("a/x", timeout_s=1, max_bytes=1)
     with pytest.raises(OptionInvalid):
         store.put("../x", b"", timeout_s=1)
