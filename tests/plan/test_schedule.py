@@ -209,6 +209,16 @@ def test_a_visit_closes_when_its_lane_moves_on() -> None:
     assert set(map(id, current.values())) == set(map(id, steps[-1].closed))
 
 
+def test_no_block_is_kept_until_the_end() -> None:
+    """The last visit of every lane is known to be the last as soon as the final group is planned: it is among those
+    closed by that group's first step, so that no lane keeps its block while the tails of the others pass by."""
+    each = case([10] * 4, lanes=4, chunk=7, shuffle_block=20, batch_size=5)
+    steps = list(schedule(each.order, each.reader))
+    last_of_lane = {visit.block.lane: visit for step in steps for visit in step.opened}
+    assert len(last_of_lane) == 4
+    assert set(map(id, last_of_lane.values())) == set(map(id, steps[0].closed))
+
+
 def test_padding_visits_the_first_block_again() -> None:
     """A tail that wraps opens the epoch's first block a second time, as a visit of its own."""
     each = case([4] * 6, shuffle_block=8, batch_size=5)
