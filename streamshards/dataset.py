@@ -22,7 +22,7 @@ from streamshards.engine.loading import BlockLoader, LossPolicy
 from streamshards.engine.prefetch import BatchStream
 from streamshards.errors import OptionInvalid, StreamShardsError
 from streamshards.events import Counters, Event, Observer, emit, summarize
-from streamshards.options import GiB, MiB, OrderOptions, PrefetchOptions, RetryOptions, require_int
+from streamshards.options import GiB, MiB, OrderOptions, PrefetchOptions, RetryOptions, require_int, require_options
 from streamshards.plan.assignment import Assignment, require_tail
 from streamshards.plan.index import Index
 from streamshards.plan.order import EpochOrder, Int64Array, OrderSettings, resolve_order
@@ -135,10 +135,12 @@ class StreamingDataset(IterableDataset[Any]):
         self._max_corrupt = max_corrupt
         self._transform = transform
         self._batch_transform = batch_transform
-        self._order = order or OrderOptions()
+        self._order = require_options(order, OrderOptions, name="order")
+        if topology is not None and not isinstance(topology, Topology):
+            raise OptionInvalid(f"topology={topology!r} must be Topology(rank=…, world_size=…)")
         self._chosen_rank = topology
-        self._retry = retry or RetryOptions()
-        self._prefetch = prefetch or PrefetchOptions()
+        self._retry = require_options(retry, RetryOptions, name="retry")
+        self._prefetch = require_options(prefetch, PrefetchOptions, name="prefetch")
         self._observer = observer
         self._trust_pickle = trust_pickle
         self._store = open_store(url, storage_options)

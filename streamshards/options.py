@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import re
 from dataclasses import dataclass
-from typing import Final
+from typing import Final, TypeVar
 
 from streamshards.errors import OptionInvalid
+
+OptionsT = TypeVar("OptionsT")
 
 KiB: Final = 1024
 MiB: Final = 1024 * KiB
@@ -52,6 +54,19 @@ def require_int(value: object, *, name: str, minimum: int, maximum: int = 2**63 
     """
     if not isinstance(value, int) or isinstance(value, bool) or not minimum <= value <= maximum:
         raise OptionInvalid(f"{name}={value!r} must be a whole number from {minimum:,} to {maximum:,}")
+    return value
+
+
+def require_options(value: OptionsT | None, kind: type[OptionsT], *, name: str) -> OptionsT:
+    """Return *value*, or the defaults of *kind* if it is None.
+
+    Raises:
+        OptionInvalid: It is something else.
+    """
+    if value is None:
+        return kind()
+    if not isinstance(value, kind):
+        raise OptionInvalid(f"{name}={value!r} must be {kind.__name__}(…)")
     return value
 
 

@@ -445,6 +445,10 @@ def test_memory_that_cannot_hold_one_block_of_each_lane_is_refused_at_the_start(
         ({"columns": "id"}, "must be a list"),
         ({"order": OrderOptions(lanes=5000)}, r"lanes=5,000 is more than the 2,345 samples"),
         ({"batch_transform": print}, "needs a batch_size"),
+        ({"order": {"lanes": 2}}, r"must be OrderOptions"),
+        ({"retry": 5}, r"retry=5 must be RetryOptions"),
+        ({"prefetch": "1GiB"}, r"must be PrefetchOptions"),
+        ({"topology": (0, 2)}, r"must be Topology"),
     ],
 )
 def test_options_that_cannot_be_are_refused_with_their_value(url: str, options: dict[str, Any], text: str) -> None:
