@@ -10,7 +10,6 @@ READY := $(VENV)/.ready
 RESULTS := $(VENV)/pytest.xml
 PIP_INSTALL := $(BIN)/python -m pip install -qq --disable-pip-version-check
 # Code in the documents is laid out by hand, to be read beside its comments.
-PROSE := --extend-exclude '*.md'
 
 .DEFAULT_GOAL := help
 .PHONY: help setup demo test lint types bench clean
@@ -29,7 +28,7 @@ test: lint types ## everything a change must pass
 
 lint: setup ## ruff: rules and format
 	@$(BIN)/python -m ruff check --quiet .
-	@$(BIN)/python -m ruff format --check $(PROSE) --quiet . || { $(BIN)/python -m ruff format --check $(PROSE) . >&2; exit 1; }
+	@$(BIN)/python -m ruff format --check --quiet . || { $(BIN)/python -m ruff format --check . >&2; exit 1; }
 	@echo "make lint: ruff found nothing"
 
 types: setup ## mypy, strict
