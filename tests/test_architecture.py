@@ -29,6 +29,7 @@ PACKAGE: Final = "streamshards"
 LAYERS: Final[tuple[tuple[str, tuple[str, ...]], ...]] = (
     ("words", ("errors.py",)),
     ("wishes", ("options.py",)),
+    ("memory", ("memory.py",)),
     ("time", ("clock.py",)),
     ("decisions", ("plan/",)),
     ("seen", ("events.py",)),

@@ -99,7 +99,7 @@ def load_files(
         yield file, loaded
 
 
-def load_file(data: bytes, *, name: str, layout: str = "auto", trust_pickle: bool = False) -> LoadedFile:
+def load_file(data: Blob, *, name: str, layout: str = "auto", trust_pickle: bool = False) -> LoadedFile:
     """Return what one file holds; *name* is its url, for messages. Errors: see ``load_files``."""
     digest = digest_of(data)
     if is_framed(data):
@@ -115,7 +115,7 @@ def load_file(data: bytes, *, name: str, layout: str = "auto", trust_pickle: boo
     return LoadedFile(found, columns, raw_bytes, digest, is_framed=False)
 
 
-def _load_framed(data: bytes, name: str, layout: str, digest: str) -> LoadedFile:
+def _load_framed(data: Blob, name: str, layout: str, digest: str) -> LoadedFile:
     if layout not in ("auto", OWN):
         raise SampleInvalid(f"{name}: a shard of streamshards, where the layout is {layout!r}; {_APART}")
     reader = FramedShard(data, name=name, max_raw_bytes=MAX_RAW_BYTES)

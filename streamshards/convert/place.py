@@ -19,7 +19,7 @@ from streamshards.events import COUNTERS, Counters, Event, emit
 from streamshards.options import RetryOptions
 from streamshards.plan.index import Index
 from streamshards.shard.schema import Schema
-from streamshards.storage import Store, open_store
+from streamshards.storage import Blob, Store, open_store
 
 T = TypeVar("T")
 
@@ -69,7 +69,7 @@ class Place:
         """
         return self._call(lambda _: self.store.list(), "list", self.retry.first_contact_s)
 
-    def get(self, key: str, *, max_bytes: int) -> bytes:
+    def get(self, key: str, *, max_bytes: int) -> Blob:
         """Return one whole object.
 
         Raises:
@@ -77,7 +77,7 @@ class Place:
             StoreError: Longer than *max_bytes*, or the store did not give it within ``retry.deadline_s``.
         """
 
-        def attempt(timeout_s: float) -> bytes:
+        def attempt(timeout_s: float) -> Blob:
             return self.store.get(key, timeout_s=timeout_s, max_bytes=max_bytes)
 
         return self._call(attempt, key, self.retry.deadline_s)

@@ -256,7 +256,7 @@ class Catalog:
 
     def _get(self, key: str) -> bytes | None:
         try:
-            return self._call(lambda s: self.store.get(key, timeout_s=s, max_bytes=MAX_INDEX_BYTES), key)
+            return bytes(self._call(lambda s: self.store.get(key, timeout_s=s, max_bytes=MAX_INDEX_BYTES), key))
         except ObjectMissing:
             return None
 

@@ -26,7 +26,7 @@ from streamshards.shard.layouts import columns_of, load_foreign
 from streamshards.shard.payload import FramedShard, digest_of
 from streamshards.shard.reader import LoadedShard, ShardReader
 from streamshards.shard.schema import Schema
-from streamshards.storage.store import Store
+from streamshards.storage.store import Blob, Store
 
 _MISSING_RECHECK_S: Final = 1.0
 """A store that lists before it serves catches up within this; a shard that is really gone costs one second."""
@@ -112,7 +112,7 @@ class Fetcher:
                 raise Cancelled
             attempt += 1
 
-    def _get(self, shard: int) -> bytes:
+    def _get(self, shard: int) -> Blob:
         started = self._clock.now()
         try:
             data = self._get_once_more_if_missing(shard)
@@ -121,7 +121,7 @@ class Fetcher:
         self._counters.add(shards_read=1, bytes_read=len(data))
         return data
 
-    def _get_once_more_if_missing(self, shard: int) -> bytes:
+    def _get_once_more_if_missing(self, shard: int) -> Blob:
         try:
             return self._get_with_retries(shard)
         except ObjectMissing as error:
@@ -136,7 +136,7 @@ class Fetcher:
                 f'run "streamshards verify {self._store.url}" to list all such shards'
             ) from error
 
-    def _get_with_retries(self, shard: int) -> bytes:
+    def _get_with_retries(self, shard: int) -> Blob:
         name, promised = self._index.names[shard], int(self._index.sizes[shard])
         try:
             return with_retries(
@@ -151,7 +151,7 @@ class Fetcher:
         except ObjectTooLarge as error:
             raise ShardCorrupt(f"{self.url_of(shard)}: {promised:,} bytes promised by the index; {error}") from error
 
-    def _open(self, shard: int, data: bytes) -> ShardReader:
+    def _open(self, shard: int, data: Blob) -> ShardReader:
         url, promised = self.url_of(shard), int(self._index.sizes[shard])
         if len(data) != promised:
             raise ShardCorrupt(f"{url}: {promised:,} bytes promised by the index, {len(data):,} received")
@@ -169,7 +169,7 @@ class Fetcher:
             raise ShardCorrupt(f"{url}: {rows:,} rows promised by the index, {reader.num_rows:,} found")
         return reader
 
-    def _open_foreign(self, url: str, data: bytes, raw_bytes: int) -> ShardReader:
+    def _open_foreign(self, url: str, data: Blob, raw_bytes: int) -> ShardReader:
         payload = load_foreign(data, name=url, max_raw_bytes=raw_bytes, trust_pickle=self._trust_pickle)
         try:
             _, columns = columns_of(payload, layout=self._index.layout, schema=self._schema)

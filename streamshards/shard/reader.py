@@ -14,8 +14,8 @@ from typing import Protocol
 import torch
 
 from streamshards.errors import ShardCorrupt
+from streamshards.memory import LARGE_BYTES, map_memory
 from streamshards.shard.data import ColumnData, Columns, part_dtype, part_shape
-from streamshards.shard.memory import allocate
 from streamshards.shard.schema import Field, Part, Schema, is_at_or_below
 
 
@@ -207,8 +207,11 @@ class LoadedShard(BaseReader):
 
 
 def empty(shape: tuple[int, ...], dtype: torch.dtype) -> torch.Tensor:
-    """Return an uninitialised tensor, in memory that is fast to decode into."""
-    return allocate(math.prod(shape) * dtype.itemsize).view(dtype).view(shape)
+    """Return a tensor that holds anything, in memory that is fast to decode into."""
+    nbytes = math.prod(shape) * dtype.itemsize
+    if nbytes < LARGE_BYTES:
+        return torch.empty(shape, dtype=dtype)
+    return torch.frombuffer(map_memory(nbytes), dtype=torch.uint8).view(dtype).view(shape)
 
 
 def concat(field: Field, pieces: list[BaseReader]) -> ColumnData:

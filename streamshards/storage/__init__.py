@@ -7,9 +7,9 @@ from collections.abc import Mapping
 from typing import Any
 
 from streamshards.storage.location import parse_url
-from streamshards.storage.store import Store, check_key
+from streamshards.storage.store import Blob, Store, check_key
 
-__all__ = ["Store", "check_key", "open_store"]
+__all__ = ["Blob", "Store", "check_key", "open_store"]
 
 
 def open_store(url: str | os.PathLike[str], storage_options: Mapping[str, Any] | None = None) -> Store:

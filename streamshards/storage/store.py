@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
-from typing import Protocol
+from typing import Protocol, TypeAlias
 
 from streamshards.errors import OptionInvalid
+
+Blob: TypeAlias = bytes | memoryview
+"""The bytes of one object; large ones may come in memory of their own kind."""
 
 
 class Store(Protocol):
@@ -24,7 +27,7 @@ class Store(Protocol):
     url: str
     """Where the store is, canonical and without credentials; for messages."""
 
-    def get(self, key: str, *, timeout_s: float, max_bytes: int) -> bytes:
+    def get(self, key: str, *, timeout_s: float, max_bytes: int) -> Blob:
         """Return the whole object.
 
         Args:

@@ -15,7 +15,7 @@ from streamshards.errors import (
     StoreUnavailable,
     StreamShardsError,
 )
-from streamshards.storage.store import Store, check_key
+from streamshards.storage.store import Blob, Store, check_key
 
 
 class MemoryStore:
@@ -131,7 +131,7 @@ class FaultyStore:
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.__dict__.update(state, _lock=threading.Lock())
 
-    def get(self, key: str, *, timeout_s: float, max_bytes: int) -> bytes:
+    def get(self, key: str, *, timeout_s: float, max_bytes: int) -> Blob:
         fault = self._next_fault(key)
         match fault:
             case Fail(kind, text):
@@ -162,12 +162,12 @@ class FaultyStore:
             return self._script[turn] if turn < len(self._script) else None
 
 
-def _spoiled(data: bytes, fault: Fault | None) -> bytes:
+def _spoiled(data: Blob, fault: Fault | None) -> Blob:
     match fault:
         case Truncate(length):
             return data[:length]
         case FlipBit(bit):
             byte, position = divmod(bit, 8)
-            return data[:byte] + bytes([data[byte] ^ 1 << position]) + data[byte + 1 :]
+            return b"".join((data[:byte], bytes([data[byte] ^ 1 << position]), data[byte + 1 :]))
         case _:
             return data

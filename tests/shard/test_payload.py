@@ -7,7 +7,6 @@ import shutil
 import struct
 import subprocess
 import threading
-import time
 from typing import Any
 
 import numpy as np
@@ -23,7 +22,6 @@ from streamshards.options import MiB
 from streamshards.shard import payload as payload_module
 from streamshards.shard.columns import RowBuffer, to_samples
 from streamshards.shard.frames import BLOCK_BYTES, block_size, is_framed, stored_frame
-from streamshards.shard.memory import LARGE_BYTES, allocate
 from streamshards.shard.payload import FramedShard, LoadedShard, columns_of_payload, digest_of, encode, payload_of
 from streamshards.shard.schema import Field, Schema
 
@@ -543,42 +541,3 @@ def test_a_torch_that_writes_otherwise_is_noticed(monkeypatch: pytest.MonkeyPatc
     monkeypatch.setattr(payload_module.torch, "save", save)
     with pytest.raises(RuntimeError, match="in one piece"):
         encode(columns_of_samples(mixed_samples()))
-
-
-# --- memory ------------------------------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize("size", [0, 1, 1000, LARGE_BYTES - 1, LARGE_BYTES, LARGE_BYTES + 1])
-def test_memory_is_aligned_and_of_the_size_asked_for(size: int) -> None:
-    memory = allocate(size)
-    assert (memory.dtype, memory.shape) == (torch.uint8, (size,))
-    assert memory.data_ptr() % 64 == 0
-    memory.fill_(1)
-    assert memory.untyped_storage().nbytes() == size
-
-
-def test_large_memory_goes_back_when_the_last_view_dies() -> None:
-    def resident() -> int:
-        with open("/proc/self/statm") as file:
-            return int(file.read().split()[1]) * 4096
-
-    try:
-        before = resident()
-    except OSError:
-        pytest.skip("no /proc/self/statm on this platform")
-    memory = allocate(64 * MiB)
-    memory.fill_(1)
-    view = memory[100:200]
-    del memory
-    assert resident() - before > 48 * MiB
-    assert int(view.sum()) == 100
-    del view
-    assert resident() - before < 16 * MiB
-
-
-def test_opening_costs_little() -> None:
-    """Under 50 ms for a large shard: nothing is decoded."""
-    data, _ = large()
-    start = time.perf_counter()
-    open_shard(data)
-    assert time.perf_counter() - start < 0.05
