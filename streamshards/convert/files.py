@@ -13,6 +13,7 @@ from streamshards.options import GiB
 from streamshards.shard.columns import Columns
 from streamshards.shard.layouts import columns_of, decompressed, load_foreign
 from streamshards.shard.payload import FramedShard, digest_of, is_framed
+from streamshards.storage import Blob
 
 MAX_RAW_BYTES: Final = 64 * GiB
 """Refuse a file that inflates to more: there is no index yet that says how large it may be."""
