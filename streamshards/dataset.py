@@ -433,10 +433,11 @@ class _Progress:
         self._start = start
         self._assignment = assignment
         self.batches = 0
+        self.is_over = False
 
     def state(self) -> State:
         """Return the place after the last item that was handed out."""
-        return self._start.after(self._assignment, self.batches)
+        return self._start.after(self._assignment, self.batches, is_over=self.is_over)
 
 
 class _Iterator:
@@ -455,7 +456,11 @@ class _Iterator:
         return self
 
     def __next__(self) -> Any:
-        item = self._next_sample() if self._yields_samples else self._stream.next()
+        try:
+            item = self._next_sample() if self._yields_samples else self._stream.next()
+        except StopIteration:
+            self.progress.is_over = True
+            raise
         self.progress.batches += 1
         if self._transform is not None:
             item = self._transform(item) if self._yields_samples else default_collate([*map(self._transform, item)])

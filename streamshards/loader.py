@@ -102,9 +102,6 @@ class StreamingDataLoader(DataLoader[Any]):
     def _topology(self) -> Topology:
         return current_rank(self._streaming._chosen_rank)
 
-    def _received(self, assignment: Assignment, start: State, batches: int) -> None:
-        self._latest = start.after(assignment, batches)
-
     def __repr__(self) -> str:
         return f"StreamingDataLoader({self._streaming!r}, num_workers={self.num_workers}, batches={len(self)})"
 
@@ -129,10 +126,14 @@ class _CountingIterator:
             batch = next(self._batches)
         except StopIteration:
             self.is_over = True
+            self._report()
             raise
         self._received += 1
-        self._loader._received(self.assignment, self._start, self._received)
+        self._report()
         return batch
+
+    def _report(self) -> None:
+        self._loader._latest = self._start.after(self.assignment, self._received, is_over=self.is_over)
 
 
 class _View(IterableDataset[Any]):

@@ -14,7 +14,7 @@ from typing import Any
 import pytest
 from torch.utils.data import DataLoader
 
-from streamshards import OptionInvalid, OrderOptions, ResumeMismatch, StreamingDataLoader, StreamingDataset
+from streamshards import OptionInvalid, OrderOptions, ResumeMismatch, StreamingDataLoader, StreamingDataset, Topology
 from tests.datasets import ids, write
 
 NUM_SAMPLES = 2345
@@ -119,6 +119,25 @@ def test_resume_at_the_end_of_an_epoch(url: str, epochs: list[list[list[int]]], 
     assert len(resumed) == 0
     assert ids(resumed) == []
     assert ids(resumed) == epochs[1]
+
+
+def test_uneven_ranks_agree_on_where_the_epoch_stands(url: str) -> None:
+    """A rank without a part of the last, short batch does not call the epoch over before it has seen its end."""
+    loaders = [
+        StreamingDataLoader(
+            StreamingDataset(url, batch_size=115, tail="uneven", topology=Topology(rank=rank, world_size=4))
+        )
+        for rank in range(4)
+    ]
+    assert [len(loader) for loader in loaders] == [6, 5, 5, 5]
+    iterators = [iter(loader) for loader in loaders]
+    for step in range(1, 6):
+        for iterator in iterators:
+            next(iterator)
+        assert {loader.state_dict()["position"] for loader in loaders} == {step * 460}
+    rest = [len(batch["id"]) for iterator in iterators for batch in iterator]
+    assert rest == [45]
+    assert {loader.state_dict()["position"] for loader in loaders} == {NUM_SAMPLES}
 
 
 def test_a_load_is_used_once_and_may_be_repeated(url: str, epochs: list[list[list[int]]]) -> None:

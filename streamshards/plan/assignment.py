@@ -85,7 +85,11 @@ class Assignment:
         return (grid % self.num_samples).reshape(-1), np.full(count, self.batch_size, dtype=np.int64)
 
     def position_after(self, rank_batches: int) -> int:
-        """Return the position that follows once every rank has received *rank_batches* batches."""
-        if rank_batches >= self.rank_batches:
+        """Return the position that follows once this rank has received *rank_batches* batches.
+
+        With tail "uneven" a rank that gets no part of the last global batch stays before it: others may not have
+        received theirs yet.
+        """
+        if self.tail != "uneven" and rank_batches >= self.rank_batches:
             return self.num_samples
-        return self.start + rank_batches * self.global_batch
+        return min(self.start + rank_batches * self.global_batch, self.num_samples)

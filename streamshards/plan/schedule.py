@@ -117,6 +117,7 @@ def _follow(order: EpochOrder, step: Step, current: dict[int, Visit], lane: int,
             visit = current[lane] = Visit(order.block_at(lane, offset))
             step.opened.append(visit)
         taken = min(count, visit.block.stop - offset)
+        assert taken > 0, f"{visit.block} does not hold offset {offset}"  # else this loop would never end
         step.segments.append(Segment(visit, offset - visit.block.start, taken))
         visit.planned += 1
         offset += taken

@@ -74,6 +74,8 @@ class State:
             raise ResumeMismatch(f"the state has version {version!r}; only version {STATE_VERSION} exists")
         if state["position"] > state["num_samples"]:
             raise ResumeMismatch(f"the state's position {state['position']:,} is beyond its {state['num_samples']:,}")
+        if numbers["lanes"] > max(1, numbers["num_samples"]):
+            raise ResumeMismatch(f"the state's lanes {numbers['lanes']:,} are more than its samples")
         try:
             order = OrderSettings(
                 shuffle=state["shuffle"],
@@ -94,10 +96,16 @@ class State:
             num_workers=numbers["num_workers"],
         )
 
-    def after(self, assignment: Assignment, batches: int) -> State:
-        """Return the state once the reader of *assignment*, which began here, has handed out *batches* batches."""
+    def after(self, assignment: Assignment, batches: int, *, is_over: bool = False) -> State:
+        """Return the state once the reader of *assignment*, which began here, has handed out *batches* batches.
+
+        Args:
+            assignment: The rest of the epoch, from here.
+            batches: How many of its batches were handed out.
+            is_over: Whether the training loop has seen that there are no more.
+        """
         if assignment.topology.num_workers == 1:
-            return replace(self, position=assignment.position_after(batches))
+            return replace(self, position=self.num_samples if is_over else assignment.position_after(batches))
         return replace(
             self,
             worker_batches=self.worker_batches + batches,
