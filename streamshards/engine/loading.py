@@ -120,14 +120,19 @@ class BlockLoader:
         self._filling = 0
         self._used_bytes = 0
         self._peak_bytes = 0
+        self._lost: dict[int, set[Piece]] = {}
         self._lost_rows = 0
         self._need = itertools.count()
         self._numbers = itertools.count()
         self.threads = [
             threading.Thread(target=self._work, name=f"streamshards-read-{i}", daemon=True) for i in range(threads)
         ]
-        for thread in self.threads:
-            thread.start()
+        try:
+            for thread in self.threads:
+                thread.start()
+        except BaseException:  # the process may have no more threads
+            self.close()
+            raise
 
     # -- the face, for the one thread that assembles batches -------------------------------------------------------
 
@@ -189,6 +194,8 @@ class BlockLoader:
             where = f"lane {block.lane}, block {block.number}"
             if load is None:
                 return f"memory to load {where}"
+            if load.is_done:
+                return f"{where} to be gathered"
             missing = [p.shard for p, opened in zip(block.pieces, load.opened, strict=True) if opened is None]
         if missing:
             return f"{self._index.names[missing[0]]} ({len(missing)} of {len(block.pieces)} shards of {where})"
@@ -202,19 +209,30 @@ class BlockLoader:
     # -- on the threads --------------------------------------------------------------------------------------------
 
     def _work(self) -> None:
-        while (task := self._next_task()) is not None:
-            is_fill = task.load.buffers is not None
-            try:
-                task.run()
-            except Cancelled:
-                return
-            except BaseException as error:  # noqa: BLE001 -- carried over to whoever waits for the block
-                with self._changed:
-                    task.load.error = error
-            finally:
-                with self._changed:
-                    self._filling -= is_fill
-                    self._changed.notify_all()
+        while self._run_next():
+            pass
+
+    def _run_next(self) -> bool:
+        """Do what is to be done next; return whether to go on.
+
+        A frame of its own: a thread that waits for work must not hold the block that it worked on last.
+        """
+        task = self._next_task()
+        if task is None:
+            return False
+        is_fill = task.load.buffers is not None
+        try:
+            task.run()
+        except Cancelled:
+            return False
+        except BaseException as error:  # noqa: BLE001 -- carried over to whoever waits for the block
+            with self._changed:
+                task.load.error = error
+        finally:
+            with self._changed:
+                self._filling -= is_fill
+                self._changed.notify_all()
+        return True
 
     def _next_task(self) -> _Task | None:
         with self._changed:
@@ -275,7 +293,8 @@ class BlockLoader:
             buffers.fill(number)
         except ShardCorrupt as error:
             self._lose(opened, error)
-        self._counters.add(decode_ns=int((self._clock.now() - started) * 1e9), bytes_decoded=reader.raw_bytes)
+        decoded = reader.raw_bytes * opened.piece.num_rows // reader.num_rows
+        self._counters.add(decode_ns=int((self._clock.now() - started) * 1e9), bytes_decoded=decoded)
 
     def _lose(self, opened: OpenPiece, error: ShardCorrupt | ShardMissing) -> OpenPiece:
         if not self._policy.skip:
@@ -285,20 +304,30 @@ class BlockLoader:
 
     def _report_losses(self, buffers: BlockBuffers) -> None:
         for opened in buffers.pieces:
-            if opened.cause is None:
-                continue
-            piece = opened.piece
-            url = self._fetcher.url_of(piece.shard)
-            self._emit(ShardSkipped(url, piece.shard, piece.num_rows, str(opened.cause)))
-            with self._changed:
-                self._lost_rows += piece.num_rows
-                lost = self._lost_rows
-            if lost > self._policy.max_rows:
-                raise TooManyCorrupt(
-                    f"{url}: {lost:,} rows lost to bad shards in this epoch, max_corrupt allows "
-                    f"{self._policy.max_rows:,} of {self._index.num_samples:,}; the last: {opened.cause}. "
-                    'Repair the dataset ("streamshards verify" lists bad shards) or raise max_corrupt'
-                ) from opened.cause
+            if opened.cause is not None:
+                self._report_loss(opened.piece, opened.cause)
+
+    def _report_loss(self, piece: Piece, cause: ShardCorrupt | ShardMissing) -> None:
+        """Log a lost shard once and count each of its rows once, in however many lanes and visits it is met."""
+        with self._changed:
+            pieces = self._lost.setdefault(piece.shard, set())
+            if piece in pieces:
+                return
+            is_known = bool(pieces)
+            pieces.add(piece)
+            self._lost_rows += piece.num_rows
+            lost = self._lost_rows
+        url = self._fetcher.url_of(piece.shard)
+        if is_known:
+            self._counters.add(rows_skipped=piece.num_rows)
+        else:
+            self._emit(ShardSkipped(url, piece.shard, piece.num_rows, str(cause)))
+        if lost > self._policy.max_rows:
+            raise TooManyCorrupt(
+                f"{url}: {lost:,} rows lost to bad shards in this epoch, max_corrupt allows "
+                f"{self._policy.max_rows:,} of {self._index.num_samples:,}; the last: {cause}. "
+                'Repair the dataset ("streamshards verify" lists bad shards) or raise max_corrupt'
+            ) from cause
 
     def _refill_from_another(self, block: Block) -> LoadedBlock:
         """Return *block* refilled from the lane's next block with surviving rows; its threads are not used."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import faulthandler
+import os
 import sys
 import threading
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -36,7 +37,7 @@ ALONE = Topology(rank=0, world_size=1)
 SKIP = LossPolicy(skip=True, max_rows=1 << 60)
 RETRY = RetryOptions()
 
-HANGS_AFTER_S = 60.0
+HANGS_AFTER_S = 20.0
 """No test here takes a tenth of it; one that hangs shows where every thread stands."""
 
 
@@ -60,6 +61,16 @@ def watched(action: Callable[[], T]) -> T:
     if errors:
         raise errors[0]
     return results[0]
+
+
+def until(predicate: Callable[[], bool]) -> None:
+    """Return once *predicate* holds; meanwhile give the processor to others. For states that nothing announces."""
+
+    def run() -> None:
+        while not predicate():
+            os.sched_yield()
+
+    watched(run)
 
 
 def engine_threads() -> list[threading.Thread]:
@@ -95,7 +106,8 @@ def columns_of(samples: Iterable[dict[str, Any]]) -> Columns:
 
 def dataset_of(shards: Sequence[Sequence[dict[str, Any]]]) -> tuple[MemoryStore, Index]:
     """Return a store with one shard for each list of samples, and its index; the schema is what they all have."""
-    columns = [columns_of(samples) for samples in shards]
+    known = columns_of(next(samples for samples in shards if samples)).schema
+    columns = [columns_of(samples) if samples else RowBuffer(known).finish() for samples in shards]
     encoded = [encode(part, level=1) for part in columns]
     names = [f"{number:03}.pt.zst" for number in range(len(shards))]
     schema = columns[0].schema

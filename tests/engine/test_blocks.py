@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Sequence
+from functools import cache
 from typing import Any
 
 import numpy as np
@@ -140,14 +142,20 @@ def rows_of(loaded: LoadedBlock) -> list[Row]:
     return to_samples(builder.finish())
 
 
+@cache
+def readers_of(rows: tuple[int, ...]) -> list[BaseReader]:
+    """Return a shard of each size, of samples 0, 1, 2, …"""
+    numbers = itertools.count()
+    return [reader_of([sample(next(numbers)) for _ in range(count)]) for count in rows]
+
+
 class Assembled:
     """One block over *rows* per shard, with the shards in *unopened* and *unfilled* lost; samples bear their ids."""
 
     def __init__(self, rows: Sequence[int], *, unopened: set[int], unfilled: set[int], **changes: Any) -> None:
         first = np.concatenate([[0], np.cumsum(rows)]).tolist()
-        shards = [[sample(n) for n in range(lo, lo + count)] for lo, count in zip(first, rows, strict=False)]
-        readers = [reader_of(samples) for samples in shards]
-        self.samples = [row for samples in shards for row in samples]
+        readers = readers_of(tuple(rows))
+        self.samples = [sample(n) for n in range(sum(rows))]
         self.order = order_of(rows, **changes)
         (self.block,) = self.order.blocks(0)
         self.lost = {row for shard in unopened | unfilled for row in range(first[shard], first[shard + 1])}
