@@ -91,6 +91,8 @@ def main() -> None:
         on_s3 = {} if options.no_s3 else measure_s3({k: v for k, v in folders.items() if k in ON_S3}, local, plan)
         if on_s3:
             console.print(s3_table(on_s3, local, plan))
+    machine["load, end"] = _load() + " (our own processes, and whatever else ran)"
+    console.print(f"[dim]{'load, end':>12}[/] {machine['load, end']}")
     if options.record:
         path = record(options.record, machine, plan, local, on_s3)
         console.print(f"recorded in {path}")
@@ -267,7 +269,7 @@ def describe_machine(plan: Plan) -> dict[str, str]:
     cores = f"{_usable_cores()} of {os.cpu_count()} cores"
     return {
         "machine": f"{_cpu_model()}, {cores}, {_memory_gb()} GB, {platform.platform()}",
-        "load": " ".join(f"{load:.2f}" for load in os.getloadavg()) + " (1, 5, 15 minutes, before the start)",
+        "load, start": _load() + " (over 1, 5, 15 minutes)",
         "python": f"{platform.python_implementation()} {platform.python_version()}, {packages}",
         "commit": _commit(),
         "command": shlex.join(["python", *sys.argv]),
@@ -329,6 +331,10 @@ def _commit() -> str:
         return git("rev-parse", "--short=12", "HEAD") + (", streamshards/ changed since" if dirty else "")
     except (OSError, subprocess.CalledProcessError):
         return "unknown"
+
+
+def _load() -> str:
+    return " ".join(f"{load:.2f}" for load in os.getloadavg())
 
 
 def _cpu_model() -> str:
