@@ -25,6 +25,7 @@ if TYPE_CHECKING:
     from streamshards.errors import StoreUnavailable as StoreUnavailable
     from streamshards.errors import StreamShardsError as StreamShardsError
     from streamshards.errors import TooManyCorrupt as TooManyCorrupt
+    from streamshards.errors import UnsafePickle as UnsafePickle
     from streamshards.loader import StreamingDataLoader as StreamingDataLoader
     from streamshards.options import OrderOptions as OrderOptions
     from streamshards.options import PrefetchOptions as PrefetchOptions
@@ -38,6 +39,7 @@ _HOMES: Final = {
     "streamshards.errors": (
         "AccessDenied", "IndexInvalid", "ObjectExists", "OptionInvalid", "ResumeMismatch", "SampleInvalid",
         "ShardCorrupt", "ShardMissing", "StoreError", "StoreUnavailable", "StreamShardsError", "TooManyCorrupt",
+        "UnsafePickle",
     ),
     "streamshards.loader": ("StreamingDataLoader",),
     "streamshards.options": ("OrderOptions", "PrefetchOptions", "RetryOptions"),

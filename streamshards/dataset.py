@@ -8,6 +8,7 @@ from collections import OrderedDict
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import partial
 from math import gcd
+from operator import index as whole_number
 from typing import Any, Final, Literal, TypeVar
 
 import numpy as np
@@ -155,6 +156,8 @@ class StreamingDataset(IterableDataset[Any]):
             on_retry=self._emitter(0),
         )
         full_schema = Schema.from_json(self._index.schema)
+        if columns is not None and not columns:
+            raise OptionInvalid("columns=[] selects nothing; leave it out for all columns, or name some")
         self._schema = full_schema if columns is None else full_schema.select(columns)
         if self._order.lanes is not None and self._order.lanes > max(1, self.num_samples):
             raise OptionInvalid(
@@ -166,6 +169,8 @@ class StreamingDataset(IterableDataset[Any]):
         """Set what belongs to one process and is never carried to another."""
         self._progress: _Progress | None = None
         self._access: _RandomAccess | None = None
+        self._followed_generation = -1
+        """Of ``_start``, when a StreamingDataLoader last began to iterate."""
 
     def __getstate__(self) -> dict[str, Any]:
         # A spawned worker has no process group: it must learn the rank from us.
@@ -207,6 +212,10 @@ class StreamingDataset(IterableDataset[Any]):
             IndexError: There is no such sample.
             ShardCorrupt: Its shard is bad.
         """
+        try:
+            number = whole_number(number)
+        except TypeError:
+            raise TypeError(f"ds[i] takes a whole number, not {number!r}") from None
         if not -self.num_samples <= number < self.num_samples:
             raise IndexError(f"sample {number} of {self.num_samples:,} in {self.url}")
         if self._access is None:
@@ -247,10 +256,15 @@ class StreamingDataset(IterableDataset[Any]):
         It counts what ``next`` returned in this process; with DataLoader workers, the ``StreamingDataLoader`` counts.
 
         Raises:
-            StreamShardsError: Workers of a plain DataLoader iterate; this process cannot know how far they are.
+            StreamShardsError: A StreamingDataLoader iterates, or workers of a plain DataLoader do: the dataset in this
+                process does not know how far they are.
         """
         if self._progress is not None:
             return self._progress.state().to_dict()
+        if self._followed_generation == self._start.generation:
+            raise StreamShardsError(
+                f"{self.url}: a StreamingDataLoader iterates this dataset and knows its place; ask loader.state_dict()"
+            )
         if current_slot() == 0 and self._start.have_workers_begun:
             raise StreamShardsError(
                 f"{self.url}: the place is known in the DataLoader's workers, not here; "
@@ -281,6 +295,11 @@ class StreamingDataset(IterableDataset[Any]):
         return iterator
 
     # -- for the loader --------------------------------------------------------------------------------------------
+
+    def _follow(self) -> None:
+        """Note that a loader iterates from now on: it knows the place, we don't."""
+        self._progress = None
+        self._followed_generation = self._start.generation
 
     def _checked(self, state: Mapping[str, Any]) -> State:
         loaded = State.from_dict(state)

@@ -8,6 +8,7 @@ Branches are cut by what the caller can do about it::
     ├── IndexInvalid         point at a dataset, or rebuild its index
     ├── ResumeMismatch       resume with the settings the checkpoint was made with
     ├── TooManyCorrupt       repair the dataset, or raise ``max_corrupt``
+    ├── UnsafePickle         trust a foreign file's code, or convert the file
     ├── ShardCorrupt         repair that shard (``streamshards verify`` lists all of them)
     └── StoreError           look at the store
         ├── ObjectMissing    the object is not there
@@ -51,6 +52,10 @@ class ResumeMismatch(StreamShardsError):
 
 class TooManyCorrupt(StreamShardsError):
     """More of the epoch's rows were lost to bad shards than ``max_corrupt`` allows."""
+
+
+class UnsafePickle(StreamShardsError):
+    """A foreign ``.pt`` file can only be loaded by running code that it names; never retried, never skipped."""
 
 
 class ShardCorrupt(StreamShardsError):

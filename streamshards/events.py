@@ -27,7 +27,9 @@ class FetchRetried:
     cause: str
 
     def __str__(self) -> str:
-        return f"{self.url}: attempt {self.attempt} failed, next in {self.wait_s:.1f} s: {self.cause}"
+        return (
+            f"{self.url}: attempt {self.attempt} failed, next in {self.wait_s:.1f} s: {_beside(self.url, self.cause)}"
+        )
 
 
 @dataclass(frozen=True, slots=True)
@@ -40,7 +42,8 @@ class ShardSkipped:
     cause: str
 
     def __str__(self) -> str:
-        return f"{self.url}: shard {self.shard} skipped, {self.rows:,} rows refilled from its block: {self.cause}"
+        cause = _beside(self.url, self.cause)
+        return f"{self.url}: shard {self.shard} skipped, its {self.rows:,} rows to be refilled: {cause}"
 
 
 @dataclass(frozen=True, slots=True)
@@ -53,6 +56,11 @@ class ReadSlow:
 
     def __str__(self) -> str:
         return f"{self.url}: waited {self.waited_s:.0f} s for {self.waiting_for}"
+
+
+def _beside(url: str, cause: str) -> str:
+    """Return *cause* without the url that the line begins with anyway."""
+    return cause.removeprefix(f"{url}: ")
 
 
 Event = FetchRetried | ShardSkipped | ReadSlow

@@ -52,6 +52,7 @@ class StreamingDataLoader(DataLoader[Any]):
         topology = self._topology()
         state = self._streaming._state(start, topology.with_worker(0, max(1, self.num_workers)))
         self._view.begin(start._replace(order=state.order), topology)
+        self._streaming._follow()
         self._next = Start(start.epoch + 1, 0, 0, state.order)
         self._latest = state
         iterator = _CountingIterator(self, super().__iter__(), self._streaming._assignment(topology, start.position))
@@ -74,6 +75,14 @@ class StreamingDataLoader(DataLoader[Any]):
         if self._latest is not None:
             return self._latest.to_dict()
         return self._streaming._state(upcoming, self._topology().with_worker(0, max(1, self.num_workers))).to_dict()
+
+    def set_epoch(self, epoch: int) -> None:
+        """Let the next iteration be *epoch*; the same as ``dataset.set_epoch``, also for its other loaders."""
+        self._streaming.set_epoch(epoch)
+
+    def stats(self) -> dict[str, int | float]:
+        """Return what the dataset has counted, over this process and all workers."""
+        return self._streaming.stats()
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Let the next iteration go on from *state*; later ones follow with the next epochs.

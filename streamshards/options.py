@@ -14,6 +14,8 @@ KiB: Final = 1024
 MiB: Final = 1024 * KiB
 GiB: Final = 1024 * MiB
 
+_NO_MAXIMUM: Final = 2**63 - 1
+"""What an int64 holds."""
 _UNITS: Final = {
     "": 1, "B": 1,
     "KB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12,
@@ -46,14 +48,15 @@ def parse_bytes(size: int | str, *, name: str) -> int:
     return number
 
 
-def require_int(value: object, *, name: str, minimum: int, maximum: int = 2**63 - 1) -> int:
+def require_int(value: object, *, name: str, minimum: int, maximum: int = _NO_MAXIMUM) -> int:
     """Return *value* if it is an int in ``[minimum, maximum]``.
 
     Raises:
         OptionInvalid: It is not.
     """
     if not isinstance(value, int) or isinstance(value, bool) or not minimum <= value <= maximum:
-        raise OptionInvalid(f"{name}={value!r} must be a whole number from {minimum:,} to {maximum:,}")
+        limits = f"of at least {minimum:,}" if maximum == _NO_MAXIMUM else f"from {minimum:,} to {maximum:,}"
+        raise OptionInvalid(f"{name}={value!r} must be a whole number {limits}")
     return value
 
 

@@ -12,6 +12,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 import torch.distributed
@@ -28,8 +29,10 @@ from streamshards import (
     StreamingDataset,
     StreamShardsError,
     Topology,
+    UnsafePickle,
     open_shard,
 )
+from streamshards.convert.indexing import build_index
 from tests.conftest import StoreUrl
 from tests.datasets import assert_same, flat, ids, sample, write
 
@@ -201,6 +204,15 @@ def test_random_access(url: str) -> None:
     for number in (NUM_SAMPLES, -NUM_SAMPLES - 1):
         with pytest.raises(IndexError, match=r"2,345"):
             dataset[number]
+
+
+def test_only_whole_numbers_find_samples(url: str) -> None:
+    """Anything with an index works, slices and names are refused in words."""
+    dataset = StreamingDataset(url)
+    assert dataset[torch.tensor(3)]["id"] == 3
+    for wrong in (slice(0, 3), "id", 1.5):
+        with pytest.raises(TypeError, match=r"ds\[i\] takes a whole number"):
+            dataset[wrong]  # type: ignore[index]
 
 
 def test_what_the_dataset_says(url: str) -> None:
@@ -443,6 +455,7 @@ def test_memory_that_cannot_hold_one_block_of_each_lane_is_refused_at_the_start(
         ({"max_corrupt": 2}, "max_corrupt=2"),
         ({"columns": ["nope"]}, "no 'nope'"),
         ({"columns": "id"}, "must be a list"),
+        ({"columns": []}, "selects nothing"),
         ({"order": OrderOptions(lanes=5000)}, r"lanes=5,000 is more than the 2,345 samples"),
         ({"batch_transform": print}, "needs a batch_size"),
         ({"order": {"lanes": 2}}, r"must be OrderOptions"),
@@ -468,6 +481,15 @@ def test_not_a_dataset(tmp_path: Path) -> None:
     torch.save(torch.zeros(3), tmp_path / "a.pt")
     with pytest.raises(IndexInvalid, match="streamshards index"):
         StreamingDataset(str(tmp_path))
+
+
+def test_a_foreign_pickle_that_needs_code_is_never_skipped(tmp_path: Path) -> None:
+    """Nothing is broken there, a flag is missing: the error comes at once and names it."""
+    for number in range(20):
+        torch.save({"x": np.zeros(2) if number == 13 else torch.zeros(2).double()}, tmp_path / f"{number:02d}.pt")
+    build_index(str(tmp_path), layout="sample", trust_pickle=True)
+    with pytest.raises(UnsafePickle, match=r"numpy.*trust_pickle=True"):
+        list(StreamingDataset(str(tmp_path), max_corrupt=1.0))
 
 
 def test_an_endpoint_that_never_answered_is_given_up_early() -> None:

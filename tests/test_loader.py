@@ -14,7 +14,15 @@ from typing import Any
 import pytest
 from torch.utils.data import DataLoader
 
-from streamshards import OptionInvalid, OrderOptions, ResumeMismatch, StreamingDataLoader, StreamingDataset, Topology
+from streamshards import (
+    OptionInvalid,
+    OrderOptions,
+    ResumeMismatch,
+    StreamingDataLoader,
+    StreamingDataset,
+    StreamShardsError,
+    Topology,
+)
 from tests.datasets import ids, write
 
 NUM_SAMPLES = 2345
@@ -191,6 +199,19 @@ def test_two_loaders_over_one_dataset_do_not_disturb_each_other(url: str, epochs
     assert [turn[1] for turn in turns] == epochs[0]
     assert ids(two) == epochs[1]
     assert one.state_dict()["epoch"] == 0
+
+
+def test_the_dataset_does_not_guess_the_place_of_a_loader(url: str) -> None:
+    """Saving the wrong object's state would replay the epoch: it is an error that names the right one."""
+    dataset = make_dataset(url)
+    loader = StreamingDataLoader(dataset)
+    iterator = iter(loader)
+    next(iterator)
+    with pytest.raises(StreamShardsError, match=r"ask loader.state_dict\(\)"):
+        dataset.state_dict()
+    loader.set_epoch(3)
+    assert dataset.state_dict()["epoch"] == 3
+    assert loader.stats()["batches"] > 0
 
 
 def test_what_the_dataset_decides_is_refused(url: str) -> None:

@@ -14,6 +14,7 @@ from streamshards.errors import (
     StoreError,
     StreamShardsError,
     TooManyCorrupt,
+    UnsafePickle,
 )
 
 
@@ -50,6 +51,7 @@ _CODES: Final[tuple[tuple[type[StreamShardsError], ExitCode], ...]] = (
     (ShardCorrupt, ExitCode.BAD_DATA),
     (ShardMissing, ExitCode.BAD_DATA),
     (TooManyCorrupt, ExitCode.BAD_DATA),
+    (UnsafePickle, ExitCode.BAD_DATA),
     (StoreError, ExitCode.STORE),
 )
 """The first that fits decides: ``ShardMissing`` is a ``StoreError``, too."""

@@ -64,7 +64,8 @@ def pack(
     Raises:
         IndexInvalid: There is nothing to pack at *src*.
         SampleInvalid: A file's samples do not fit those before it, or cannot be stored; the text names the file.
-        ShardCorrupt: A file is damaged, or its pickle is not safe.
+        ShardCorrupt: A file is damaged.
+        UnsafePickle: A file's pickle is not safe, and *trust_pickle* is not set.
         OptionInvalid: An argument cannot be what it is, or *dst* is a dataset and *mode* is "error".
         StoreError: A store failed or refused.
 
@@ -104,13 +105,19 @@ class _Pieces:
         self._source = source
         self._trust_pickle = trust_pickle
         self._index: Index | None = None
-        if _INDEX_NAMES & {name for name, _ in source.list()}:
-            self._index = source.load_index()
-            self.layout = self._index.layout
-            self.num_files = self._index.num_shards
-        else:
-            self._files = find_files(source)
-            self.num_files = len(self._files)
+        index = source.load_index() if _INDEX_NAMES & {name for name, _ in source.list()} else None
+        if index is not None and index.layout == "shard":
+            if layout not in ("auto", "shard"):
+                raise OptionInvalid(f"layout={layout!r}: {source.url} is a dataset of shards, not of {layout}")
+            self._index = index
+            self.layout = index.layout
+            self.num_files = index.num_shards
+            return
+        if index is not None and layout == "auto":
+            self.layout = index.layout
+        # An index made in place only names files: those that came after it was made count, too.
+        self._files = find_files(source)
+        self.num_files = len(self._files)
 
     def __iter__(self) -> Iterator[tuple[str, Columns]]:
         for name, columns in self._of_files() if self._index is None else self._of_dataset(self._index):

@@ -143,5 +143,5 @@ class State:
         if differences:
             raise ResumeMismatch(
                 f"{url}: the state is of another dataset or order: {'; '.join(differences)}. "
-                "Open the dataset the state was made with, with the same seed and shuffle"
+                "Open the dataset as it was then (nothing appended), with the same seed and shuffle"
             )

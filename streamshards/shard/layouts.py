@@ -16,7 +16,7 @@ from typing import Any, Final, Literal, get_args
 
 import torch
 
-from streamshards.errors import OptionInvalid, SampleInvalid, ShardCorrupt
+from streamshards.errors import OptionInvalid, SampleInvalid, ShardCorrupt, StreamShardsError, UnsafePickle
 from streamshards.options import MiB
 from streamshards.shard.columns import Columns, RowBuffer
 from streamshards.shard.frames import inflate
@@ -44,8 +44,9 @@ def load_foreign(data: bytes | memoryview, *, name: str, max_raw_bytes: int, tru
         trust_pickle: Run whatever code the pickle asks for. Only for files you made yourself.
 
     Raises:
-        ShardCorrupt: Truncated, over *max_raw_bytes*, not a ``torch.save`` file, or (unless trusted) a pickle that
-            needs classes torch does not consider safe; the text names the class and the two ways out.
+        ShardCorrupt: Truncated, over *max_raw_bytes*, or not a ``torch.save`` file.
+        UnsafePickle: Unless trusted: the pickle needs classes torch does not consider safe; the text names the class
+            and the two ways out.
         OptionInvalid: This torch cannot load a foreign pickle safely, and *trust_pickle* is not set.
     """
     if not trust_pickle and _torch_version() < SAFE_TORCH:
@@ -56,7 +57,7 @@ def load_foreign(data: bytes | memoryview, *, name: str, max_raw_bytes: int, tru
     try:
         return torch.load(io.BytesIO(raw), map_location="cpu", weights_only=not trust_pickle)
     except pickle.UnpicklingError as error:
-        raise ShardCorrupt(f"{name}: {_unsafe(error)}") from error
+        raise _refused(name, error) from error
     except Exception as error:  # torch.load raises what the damage happens to hit: KeyError, RuntimeError, EOFError, …
         raise ShardCorrupt(f"{name}: torch.load cannot read it: {_first_line(error)}") from error
 
@@ -95,13 +96,13 @@ def _torch_version() -> tuple[int, int]:
     return int(major), int(minor)
 
 
-def _unsafe(error: pickle.UnpicklingError) -> str:
-    text = str(error)
-    match = _GLOBAL.search(text)
+def _refused(name: str, error: pickle.UnpicklingError) -> StreamShardsError:
+    """Return what torch's refusal means: the file needs code of its own, or is no pickle that torch knows."""
+    match = _GLOBAL.search(str(error))
     if match is None:
-        return f"torch.load cannot read it safely: {_first_line(error)}"
-    return (
-        f"the pickle needs {match[1]}, which torch does not load unless told that it is safe; either call "
+        return ShardCorrupt(f"{name}: torch.load cannot read it safely: {_first_line(error)}")
+    return UnsafePickle(
+        f"{name}: the pickle needs {match[1]}, which torch does not load unless told that it is safe; either call "
         f"torch.serialization.add_safe_globals([{match[1].rpartition('.')[2]}]) in every process, "
         "or pass trust_pickle=True, which runs any code in the file"
     )

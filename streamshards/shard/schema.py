@@ -136,7 +136,7 @@ def join(field: Field, other: Field) -> Field:
         known = other if field.kind == "null" else field
         return known if known.kind == "null" else replace(known, optional=True)
     if _type_of(field) != _type_of(other):
-        raise SampleInvalid(f"field {field.name!r}: {field.describe()} stands, {other.describe()} came")
+        raise SampleInvalid(f"field {field.name!r}: expected {field.describe()}, got {other.describe()}")
     if field.shape is None or other.shape is None or field.shape == other.shape:
         return replace(field, optional=optional)
     return replace(field, kind="ragged", shape=_join_shapes(field.shape, other.shape), optional=optional)

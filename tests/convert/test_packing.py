@@ -9,9 +9,17 @@ import torch
 
 from streamshards import ShardWriter, StreamingDataset
 from streamshards.convert.files import find_files, load_files, natural_key
+from streamshards.convert.indexing import build_index
 from streamshards.convert.packing import batch_of, pack
 from streamshards.convert.place import Place
-from streamshards.errors import IndexInvalid, OptionInvalid, SampleInvalid, ShardCorrupt, StreamShardsError
+from streamshards.errors import (
+    IndexInvalid,
+    OptionInvalid,
+    SampleInvalid,
+    ShardCorrupt,
+    StreamShardsError,
+    UnsafePickle,
+)
 from streamshards.options import RetryOptions
 from streamshards.shard.columns import RowBuffer, to_samples
 from streamshards.storage import open_store
@@ -94,6 +102,20 @@ def test_progress_is_told_after_each_file(tmp_path: Path) -> None:
     assert told == [(number, NUM_FILES, name) for number, name in enumerate(names(), start=1)]
 
 
+def test_an_index_made_in_place_neither_hides_files_nor_overrules_the_layout(tmp_path: Path) -> None:
+    """Files that came after the index count, and ``layout`` wins over what the index says."""
+    source = tmp_path / "src"
+    source.mkdir()
+    for number in range(3):
+        (source / f"{number}.pt").write_bytes(pt_bytes({"x": torch.zeros(4), "y": torch.ones(4)}))
+    build_index(str(source))
+    (source / "3.pt").write_bytes(pt_bytes({"x": torch.zeros(4), "y": torch.ones(4)}))
+    assert pack(str(source), str(tmp_path / "auto")).num_samples == 16
+    assert pack(str(source), str(tmp_path / "sample"), layout="sample").num_samples == 4
+    with pytest.raises(OptionInvalid, match="dataset of shards"):
+        pack(str(tmp_path / "auto"), str(tmp_path / "again"), layout="sample")
+
+
 def test_a_dataset_is_packed_anew_without_its_orphans(tmp_path: Path) -> None:
     """SRC may be a dataset: the shards of its index in their order, and nothing else that lies there."""
     with ShardWriter(tmp_path / "src", shard_bytes=2_000) as out:
@@ -140,7 +162,7 @@ BAD_FILES = {
     "another dtype": (
         pt_bytes({**payload("columns", 0), "x": torch.zeros(4, 3).double()}),  # type: ignore[dict-item]
         SampleInvalid,
-        "float32 (3,) stands, float64 (3,) came",
+        "expected float32 (3,), got float64 (3,)",
     ),
     "unequal lengths": (
         pt_bytes({**payload("columns", 0), "x": torch.zeros(3, 3)}),  # type: ignore[dict-item]
@@ -153,7 +175,7 @@ BAD_FILES = {
     "half a file": (pt_bytes(payload("columns", 0))[:500], ShardCorrupt, "torch.load cannot read it"),
     "half a .zst": (pt_bytes(payload("columns", 0), ending=".zst")[:-9], ShardCorrupt, "part-5.pt"),
     "half a .gz": (pt_bytes(payload("columns", 0), ending=".gz")[:-9], ShardCorrupt, "gzip"),
-    "an unsafe pickle": (pt_bytes({"x": Custom()}), ShardCorrupt, "tests.pt_files.Custom"),
+    "an unsafe pickle": (pt_bytes({"x": Custom()}), UnsafePickle, "tests.pt_files.Custom"),
 }
 
 

@@ -12,7 +12,7 @@ import pytest
 import torch
 import zstandard
 
-from streamshards.errors import OptionInvalid, SampleInvalid, ShardCorrupt
+from streamshards.errors import OptionInvalid, SampleInvalid, ShardCorrupt, UnsafePickle
 from streamshards.options import MiB
 from streamshards.shard import layouts
 from streamshards.shard.columns import to_samples
@@ -100,14 +100,14 @@ class Ran:
 
 def test_no_code_runs_unless_trusted() -> None:
     data = saved({"x": Ran()})
-    with pytest.raises(ShardCorrupt, match=r"the pickle needs .*add_safe_globals.*or pass trust_pickle=True"):
+    with pytest.raises(UnsafePickle, match=r"the pickle needs .*add_safe_globals.*or pass trust_pickle=True"):
         load(data)
     assert Ran.count == 0
     assert load(data, trust_pickle=True) == {"x": 1}
 
 
 def test_the_class_that_is_not_safe_is_named() -> None:
-    with pytest.raises(ShardCorrupt, match=r"needs datetime\.date"):
+    with pytest.raises(UnsafePickle, match=r"needs datetime\.date"):
         load(saved({"when": datetime.date(2020, 1, 1)}))
 
 

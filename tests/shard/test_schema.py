@@ -77,8 +77,8 @@ def test_types_never_change(stands: Field, came: Field) -> None:
     """The message says which field, what stands and what came."""
     with pytest.raises(SampleInvalid, match="'x'") as caught:
         join(stands, came)
-    assert f"{stands.describe()} stands" in str(caught.value)
-    assert f"{came.describe()} came" in str(caught.value)
+    assert f"expected {stands.describe()}" in str(caught.value)
+    assert f"got {came.describe()}" in str(caught.value)
 
 
 def test_merge_keeps_the_order_of_the_first_and_refuses_other_fields() -> None:
