@@ -152,7 +152,7 @@ class BlockLoader:
             need = next(self._need)
             for number in range(len(block.pieces)):
                 task = _Task(need, next(self._numbers), load, partial(self._open, load, need, number))
-                heapq.heappush(self._fetches, task)
+                self._push(self._fetches, task)
             self._changed.notify_all()
 
     def wait(self, visit: Visit) -> LoadedBlock:
@@ -245,6 +245,11 @@ class BlockLoader:
                 self._changed.wait()
         return None
 
+    def _push(self, tasks: list[_Task], task: _Task) -> None:
+        """Add *task*, unless nobody will do it any more: it refers to us, and only ``close`` would break that cycle."""
+        if not self._cancelled.is_set():
+            heapq.heappush(tasks, task)
+
     def _open(self, load: _Load, need: int, number: int) -> None:
         opened = self._open_piece(load.block.pieces[number])
         with self._changed:
@@ -258,7 +263,7 @@ class BlockLoader:
             load.unfinished = len(buffers.pieces)
             for piece in range(len(buffers.pieces)):
                 task = _Task(need, next(self._numbers), load, partial(self._fill, load, buffers, piece))
-                heapq.heappush(self._fills, task)
+                self._push(self._fills, task)
             self._changed.notify_all()
 
     def _fill(self, load: _Load, buffers: BlockBuffers, number: int) -> None:

@@ -94,7 +94,11 @@ class BatchStream(Generic[T]):
         self._error: BaseException | None = None
         self._closed = False
         self._thread = threading.Thread(target=self._assemble_all, name="streamshards-assemble", daemon=True)
-        self._thread.start()
+        try:
+            self._thread.start()
+        except BaseException:  # the process may have no more threads
+            loader.close()
+            raise
 
     # -- the consumer's side ---------------------------------------------------------------------------------------
 
@@ -111,18 +115,10 @@ class BatchStream(Generic[T]):
                 "call iter() on the dataset again in this process"
             )
         started = self._clock.now()
-        with self._changed:
-            while not self._ready:
-                if self._error is not None:
-                    raise self._error
-                if self._ended or self._closed:
-                    raise StopIteration
-                if not self._changed.wait(self._slow_s):
-                    self._report_slow(self._clock.now() - started)
-            batch = self._ready.popleft()
-            self._changed.notify_all()
+        while not (taken := self._take()):
+            self._report_slow(self._clock.now() - started)
         self._counters.add(batches=1, wait_ns=int((self._clock.now() - started) * 1e9))
-        return batch
+        return taken[0]
 
     def close(self) -> None:
         """Stop; drop what is ready. Safe to call from any thread, any number of times."""
@@ -137,6 +133,18 @@ class BatchStream(Generic[T]):
         for thread in (self._thread, *self._loader.threads):
             if thread is not threading.current_thread():
                 thread.join(max(0.0, until - self._clock.now()))
+
+    def _take(self) -> tuple[T] | None:
+        """Return the next batch, or None if there was none within ``slow_s``; else as ``next``."""
+        with self._changed:
+            if not self._changed.wait_for(lambda: self._ready or self._ended or self._closed, self._slow_s):
+                return None
+            if self._ready:
+                self._changed.notify_all()
+                return (self._ready.popleft(),)
+            if self._error is not None:
+                raise self._error
+            raise StopIteration
 
     def _report_slow(self, waited_s: float) -> None:
         visit = self._waiting_for

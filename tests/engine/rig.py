@@ -75,11 +75,12 @@ def until(predicate: Callable[[], bool]) -> None:
 
 def engine_threads() -> list[threading.Thread]:
     """Return the threads that any reader of this process has running."""
-    return [thread for thread in threading.enumerate() if thread.name.startswith("streamshards-")]
+    names = ("streamshards-assemble", "streamshards-read")
+    return [thread for thread in threading.enumerate() if thread.name.startswith(names)]
 
 
 def join_all(threads: Iterable[threading.Thread]) -> None:
-    """Wait until *threads* have ended; fail if one does not."""
+    """Return once *threads* have ended; fail if one does not."""
     for thread in threads:
         thread.join(HANGS_AFTER_S)
         assert not thread.is_alive(), f"{thread.name} has not ended"
