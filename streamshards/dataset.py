@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import threading
 import weakref
 from collections import OrderedDict
@@ -16,6 +17,7 @@ import torch
 from torch.utils.data import IterableDataset, default_collate
 
 from streamshards.clock import SystemClock
+from streamshards.engine.blocks import loaded_sizes
 from streamshards.engine.catalog import load_index
 from streamshards.engine.fetch import Fetcher
 from streamshards.engine.guard import end_with_parent
@@ -79,7 +81,8 @@ class StreamingDataset(IterableDataset[Any]):
             ``"drop"``: left out; ``"uneven"``: given out short, some ranks get one batch less (evaluation).
         on_corrupt: ``"skip"`` refills the rows of a corrupt or missing shard from its block, and logs an error;
             ``"raise"`` raises.
-        max_corrupt: With "skip": the part of an epoch's samples that one reader may lose before ``TooManyCorrupt``.
+        max_corrupt: With "skip": the part of an epoch's samples that one reader may lose before ``TooManyCorrupt``;
+            one shard may always be lost, unless this is 0.
         order: What shapes the order besides the seed.
         topology: This process's data-parallel rank; by default from ``torch.distributed`` or the environment.
         retry: How long a store may fail.
@@ -140,6 +143,7 @@ class StreamingDataset(IterableDataset[Any]):
         if topology is not None and not isinstance(topology, Topology):
             raise OptionInvalid(f"topology={topology!r} must be Topology(rank=…, world_size=…)")
         self._chosen_rank = topology
+        self._told_rank: tuple[int, Topology] | None = None
         self._retry = require_options(retry, RetryOptions, name="retry")
         self._prefetch = require_options(prefetch, PrefetchOptions, name="prefetch")
         self._observer = observer
@@ -155,10 +159,10 @@ class StreamingDataset(IterableDataset[Any]):
             cancelled=threading.Event(),
             on_retry=self._emitter(0),
         )
-        full_schema = Schema.from_json(self._index.schema)
+        self._full_schema = Schema.from_json(self._index.schema)
         if columns is not None and not columns:
             raise OptionInvalid("columns=[] selects nothing; leave it out for all columns, or name some")
-        self._schema = full_schema if columns is None else full_schema.select(columns)
+        self._schema = self._full_schema if columns is None else self._full_schema.select(columns)
         if self._order.lanes is not None and self._order.lanes > max(1, self.num_samples):
             raise OptionInvalid(
                 f"lanes={self._order.lanes:,} is more than the {self.num_samples:,} samples of {self.url}"
@@ -173,9 +177,22 @@ class StreamingDataset(IterableDataset[Any]):
         """Of ``_start``, when a StreamingDataLoader last began to iterate."""
 
     def __getstate__(self) -> dict[str, Any]:
-        # A spawned worker has no process group: it must learn the rank from us.
-        rank = self._chosen_rank or current_rank()
-        return {**self.__dict__, "_progress": None, "_access": None, "_chosen_rank": rank}
+        self._own()
+        # A spawned worker has no process group: it must learn the rank from us, if we know it.
+        try:
+            told = (os.getpid(), self._rank())
+        except OptionInvalid:
+            told = None
+        return {**self.__dict__, "_progress": None, "_access": None, "_told_rank": told}
+
+    def _own(self) -> None:
+        """Part from what a parent process shares with its other children: each rank has its own epochs and counts."""
+        if self._start.own():
+            self._counts = shared_counters()
+            self._forget_process()
+
+    def _rank(self) -> Topology:
+        return current_rank(self._chosen_rank, told=self._told_rank)
 
     # -- what there is ---------------------------------------------------------------------------------------------
 
@@ -201,7 +218,7 @@ class StreamingDataset(IterableDataset[Any]):
 
     def __len__(self) -> int:
         """Return what a whole epoch yields on this rank: batches, or samples if there is no batch size."""
-        return self._assignment(current_rank(self._chosen_rank), 0).rank_batches
+        return self._assignment(self._rank(), 0).rank_batches
 
     def __getitem__(self, number: int) -> Any:
         """Return sample *number* in the order of the index, after ``transform``; negative numbers count from the end.
@@ -229,7 +246,7 @@ class StreamingDataset(IterableDataset[Any]):
         return summarize(self._counts)
 
     def __repr__(self) -> str:
-        start = self._start.peek(0)
+        start = self._start.peek()
         return (
             f"StreamingDataset({self.url!r}, samples={self.num_samples:,}, shards={self._index.num_shards:,}, "
             f"batch_size={self.batch_size}, shuffle={self.shuffle}, seed={self.seed}, "
@@ -244,9 +261,10 @@ class StreamingDataset(IterableDataset[Any]):
         A place in the middle of that very epoch, loaded by ``load_state_dict`` and not yet used, is kept.
         """
         require_int(epoch, name="epoch", minimum=0)
-        start = self._start.peek(0)
+        start = self._start.peek()
         resumes_in_it = start.epoch == epoch and start.position + start.batches > 0
         if not resumes_in_it:
+            self._own()
             self._start.restart(epoch)
             self._progress = None
 
@@ -271,8 +289,8 @@ class StreamingDataset(IterableDataset[Any]):
                 "iterate a StreamingDataLoader(dataset, num_workers=…) and ask it for its state_dict()"
             )
         worker = current_worker()
-        topology = current_rank(self._chosen_rank)
-        return self._state(self._start.peek(current_slot()), topology.with_worker(*(worker or (0, 1)))).to_dict()
+        topology = self._rank()
+        return self._state(self._start.peek(), topology.with_worker(*(worker or (0, 1)))).to_dict()
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Let the next iteration go on from *state*, on any number of ranks; later ones follow with the next epochs.
@@ -283,13 +301,18 @@ class StreamingDataset(IterableDataset[Any]):
         loaded = self._checked(state)
         worker = current_worker()
         loaded.require_workers(1 if worker is None else worker[1])
-        self._start.restart(loaded.epoch, position=loaded.position, batches=loaded.worker_batches, order=loaded.order)
+        if worker is None:
+            self._own()
+            self._start.restart(loaded.epoch, position=loaded.position, order=loaded.order)
+        else:
+            self._start.restart_worker(Start(loaded.epoch, loaded.position, loaded.worker_batches, loaded.order))
         self._progress = None
 
     def __iter__(self) -> Iterator[Any]:
+        self._own()
         slot = current_slot()
-        topology = current_rank(self._chosen_rank).with_worker(*(current_worker() or (0, 1)))
-        iterator = self._iterate(self._start.take(slot), topology, slot)
+        topology = self._rank().with_worker(*(current_worker() or (0, 1)))
+        iterator = self._iterate(self._start.take(), topology, slot)
         # Not the iterator: whoever iterates owns it, and leaving the loop must be the end of its threads.
         self._progress = iterator.progress
         return iterator
@@ -298,6 +321,9 @@ class StreamingDataset(IterableDataset[Any]):
 
     def _follow(self) -> None:
         """Note that a loader iterates from now on: it knows the place, we don't."""
+        self._own()
+        if self._start.peek().position:  # a place that was loaded into us has been used now
+            self._start.restart(self._start.peek().epoch + 1)
         self._progress = None
         self._followed_generation = self._start.generation
 
@@ -319,7 +345,8 @@ class StreamingDataset(IterableDataset[Any]):
             shuffle=self.shuffle,
             seed=self.seed,
             num_samples=self.num_samples,
-            raw_bytes=int(self._index.raw_sizes.sum()),
+            # Not of the selected columns: the order must not depend on which are read.
+            raw_bytes=int(loaded_sizes(self._index, self._full_schema).sum()),
             global_batch=(self.batch_size or 1) * topology.world_size,
             topology=topology,
         )
@@ -366,7 +393,7 @@ class StreamingDataset(IterableDataset[Any]):
         return Fetcher(
             self._store,
             self._index,
-            Schema.from_json(self._index.schema),
+            self._full_schema,
             retry=self._retry,
             clock=self._clock,
             cancelled=cancelled,
@@ -392,7 +419,7 @@ class StreamingDataset(IterableDataset[Any]):
             self._fetcher(cancelled, slot),
             policy=LossPolicy(
                 skip=self._on_corrupt == "skip",
-                max_rows=int(self._max_corrupt * self.num_samples),
+                max_rows=self._max_lost_rows(),
             ),
             threads=self._prefetch.threads or min(8, max(2, 2 * cores)),
             cores=cores,
@@ -408,12 +435,19 @@ class StreamingDataset(IterableDataset[Any]):
             self._schema,
             convert=self._converter(),
             ready_batches=ready,
+            ready_bytes=ready * step_bytes,
             slow_s=self._prefetch.slow_s,
             url=self.url,
             clock=self._clock,
             counters=counters,
             emit=self._emitter(slot),
         )
+
+    def _max_lost_rows(self) -> int:
+        """Return the rows a reader may lose in one epoch: its part, or one shard where that part is less than one."""
+        if not self._max_corrupt:
+            return 0
+        return max(int(self._max_corrupt * self.num_samples), int(self._index.rows.max(initial=0)))
 
     def _converter(self) -> Callable[[Columns], Any]:
         """Return what turns columns into a batch, or into samples where each is handed out or transformed singly."""
@@ -433,7 +467,7 @@ class StreamingDataset(IterableDataset[Any]):
             OptionInvalid: One block of each lane that this reader interleaves does not fit.
         """
         memory_bytes = int(self._prefetch.memory_bytes)
-        sizes: Int64Array = self._index.raw_sizes + self._index.sizes
+        sizes = loaded_sizes(self._index, self._schema) + self._index.sizes
         lanes = _lanes_read(order, assignment)
         needed = sum(order.max_block_bytes(lane, sizes) for lane in lanes) + reserved_bytes
         if needed > memory_bytes:
@@ -466,6 +500,7 @@ class _Iterator:
         self.progress = progress
         self._stream = stream
         self._samples: Iterator[Any] = iter(())
+        self._drawn = 0
         self._yields_samples = dataset.batch_size is None
         self._transform = dataset._transform
         self._batch_transform = dataset._batch_transform
@@ -480,11 +515,23 @@ class _Iterator:
         except StopIteration:
             self.progress.is_over = True
             raise
-        self.progress.batches += 1
-        if self._transform is not None:
-            item = self._transform(item) if self._yields_samples else default_collate([*map(self._transform, item)])
-        if self._batch_transform is not None:
-            item = self._batch_transform(item)
+        self._drawn += 1
+        item = self._transformed(item)
+        # Only now: what a transform failed on has not been handed out.
+        self.progress.batches = self._drawn
+        return item
+
+    def _transformed(self, item: Any) -> Any:
+        try:
+            if self._transform is not None:
+                if self._yields_samples:
+                    item = self._transform(item)
+                else:
+                    item = default_collate([self._transform(sample) for sample in item])
+            if self._batch_transform is not None:
+                item = self._batch_transform(item)
+        except StopIteration as error:  # it would end the loop as if the epoch were over
+            raise RuntimeError("transform raised StopIteration") from error
         return item
 
     def _next_sample(self) -> Any:

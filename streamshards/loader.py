@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import weakref
 from collections.abc import Iterator, Mapping
 from typing import Any, Final
@@ -13,7 +14,7 @@ from streamshards.errors import OptionInvalid
 from streamshards.plan.assignment import Assignment
 from streamshards.plan.state import State
 from streamshards.plan.topology import Topology
-from streamshards.runtime import SharedStart, Start, current_rank, current_slot, current_worker
+from streamshards.runtime import SharedStart, Start, current_slot, current_worker
 
 _DATASET_DECIDES: Final = ("batch_size", "shuffle", "sampler", "batch_sampler", "drop_last", "collate_fn")
 
@@ -36,13 +37,15 @@ class StreamingDataLoader(DataLoader[Any]):
     def __init__(self, dataset: StreamingDataset, *, num_workers: int = 0, **options: Any) -> None:
         if not isinstance(dataset, StreamingDataset):
             raise OptionInvalid(f"StreamingDataLoader iterates a StreamingDataset, not a {type(dataset).__name__}")
+        if options.get("in_order") is False:
+            raise OptionInvalid("in_order=False: batches out of order cannot be resumed exactly; leave it out")
         misplaced = [name for name in _DATASET_DECIDES if name in options]
         if misplaced:
             raise OptionInvalid(f"{', '.join(misplaced)}: say it to the StreamingDataset, which makes the batches")
         self._streaming = dataset
         self._view = _View(dataset)
         self._seen_generation = dataset._start.generation
-        self._next = dataset._start.peek(0)
+        self._next = dataset._start.peek()
         self._latest: State | None = None
         self._current: weakref.ref[_CountingIterator] | None = None
         super().__init__(self._view, batch_size=None, num_workers=num_workers, collate_fn=_identity, **options)
@@ -51,11 +54,13 @@ class StreamingDataLoader(DataLoader[Any]):
         start = self._upcoming()
         topology = self._topology()
         state = self._streaming._state(start, topology.with_worker(0, max(1, self.num_workers)))
-        self._view.begin(start._replace(order=state.order), topology)
         self._streaming._follow()
+        self._seen_generation = self._streaming._start.generation
+        self._view.begin(start._replace(order=state.order), topology)
+        batches = super().__iter__()
         self._next = Start(start.epoch + 1, 0, 0, state.order)
         self._latest = state
-        iterator = _CountingIterator(self, super().__iter__(), self._streaming._assignment(topology, start.position))
+        iterator = _CountingIterator(self, batches, self._streaming._assignment(topology, start.position))
         self._current = weakref.ref(iterator)
         return iterator
 
@@ -94,14 +99,14 @@ class StreamingDataLoader(DataLoader[Any]):
         loaded.require_workers(1)
         self._seen_generation = self._streaming._start.generation
         self._next = Start(loaded.epoch, loaded.position, 0, loaded.order)
-        self._latest = None
+        self._latest = self._current = None
 
     def _upcoming(self) -> Start:
         """Return where the next iteration begins; what was said to the dataset since we last looked goes first."""
         dataset_start = self._streaming._start
         if dataset_start.generation != self._seen_generation:
             self._seen_generation = dataset_start.generation
-            said = dataset_start.peek(0)
+            said = dataset_start.peek()
             resumes_in_it = said.epoch == self._next.epoch and self._next.position > 0 and said.position == 0
             if not resumes_in_it:
                 self._next = said._replace(order=said.order or self._next.order)
@@ -109,7 +114,7 @@ class StreamingDataLoader(DataLoader[Any]):
         return self._next
 
     def _topology(self) -> Topology:
-        return current_rank(self._streaming._chosen_rank)
+        return self._streaming._rank()
 
     def __repr__(self) -> str:
         return f"StreamingDataLoader({self._streaming!r}, num_workers={self.num_workers}, batches={len(self)})"
@@ -126,6 +131,7 @@ class _CountingIterator:
         assert loader._latest is not None  # set just before
         self._start = loader._latest
         self._received = 0
+        self._failed = 0
 
     def __iter__(self) -> _CountingIterator:
         return self
@@ -137,11 +143,18 @@ class _CountingIterator:
             self.is_over = True
             self._report()
             raise
-        self._received += 1
+        except Exception:
+            # Its batch was not handed out; it counts only if the training loop goes on to the next one.
+            self._failed += 1
+            raise
+        self._received += 1 + self._failed
+        self._failed = 0
         self._report()
         return batch
 
     def _report(self) -> None:
+        if self._loader._current is None or self._loader._current() is not self:
+            return  # left behind: the loader has begun anew, or was told to
         self._loader._latest = self._start.after(self.assignment, self._received, is_over=self.is_over)
 
 
@@ -150,18 +163,28 @@ class _View(IterableDataset[Any]):
 
     def __init__(self, dataset: StreamingDataset) -> None:
         self.dataset = dataset
-        self._start = SharedStart(seed=dataset.seed, shuffle=dataset.shuffle)
+        self._shared = SharedStart(seed=dataset.seed, shuffle=dataset.shuffle)
+        self._start: Start | None = None
         self._rank = Topology()
+        self._begun_in = 0
 
     def begin(self, start: Start, rank: Topology) -> None:
-        """Let every worker's next iteration begin at *start*."""
+        """Let the iteration that is about to begin, and no other, begin at *start*.
+
+        New workers carry it with them, so it does not matter when they get to it; persistent ones, who got theirs
+        when they were new, look it up.
+        """
         self._rank = rank
-        self._start.restart(start.epoch, position=start.position, order=start.order)
+        self._start = start
+        self._shared.restart(start.epoch, position=start.position, order=start.order)
 
     def __iter__(self) -> Iterator[Any]:
         slot = current_slot()
         topology = self._rank.with_worker(*(current_worker() or (0, 1)))
-        return self.dataset._iterate(self._start.take(slot), topology, slot)
+        is_persistent = current_worker() is not None and self._begun_in == os.getpid()
+        self._begun_in = os.getpid()
+        start = self._shared.said() if is_persistent or self._start is None else self._start
+        return self.dataset._iterate(start, topology, slot)
 
     def __getattr__(self, name: str) -> Any:
         # ``loader.dataset.set_epoch(…)`` and the like mean the dataset.

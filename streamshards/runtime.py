@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+import math
+import multiprocessing
 import os
 from collections.abc import Mapping
 from typing import Final, NamedTuple
 
+import numpy as np
 import torch
 import torch.distributed
 from torch.utils.data import get_worker_info
 
-from streamshards.errors import OptionInvalid
+from streamshards.errors import OptionInvalid, StreamShardsError
 from streamshards.events import COUNTERS
 from streamshards.plan.order import OrderSettings
 from streamshards.plan.topology import Topology
@@ -19,12 +22,14 @@ MAX_WORKERS: Final = 1023
 """DataLoader workers of one rank at most: each has a slot in shared memory."""
 
 
-def current_rank(chosen: Topology | None = None) -> Topology:
+def current_rank(chosen: Topology | None = None, *, told: tuple[int, Topology] | None = None) -> Topology:
     """Return the data-parallel rank of this process, without its DataLoader worker.
 
     Args:
-        chosen: What the user passed; it wins. Else an initialised process group, else ``RANK`` and ``WORLD_SIZE``,
-            else a single rank.
+        chosen: What the user passed; it wins. Else an initialised process group, else *told*, else ``RANK`` and
+            ``WORLD_SIZE``, else a single rank.
+        told: The pid of the process that pickled the dataset, and its rank: what a spawned DataLoader worker, which has
+            no process group, must go by. It does not hold for anyone but that process's own workers.
 
     Raises:
         OptionInvalid: The environment says there are several ranks, but not which one this is.
@@ -33,6 +38,9 @@ def current_rank(chosen: Topology | None = None) -> Topology:
         return Topology(rank=chosen.rank, world_size=chosen.world_size)
     if torch.distributed.is_available() and torch.distributed.is_initialized():
         return Topology(rank=torch.distributed.get_rank(), world_size=torch.distributed.get_world_size())
+    parent = multiprocessing.parent_process()
+    if told is not None and get_worker_info() is not None and parent is not None and parent.pid == told[0]:
+        return told[1]
     return _rank_from(os.environ)
 
 
@@ -85,9 +93,11 @@ def shared_counters() -> torch.Tensor:
 
 
 def _shared_zeros(*shape: int) -> torch.Tensor:
-    zeros = torch.zeros(shape, dtype=torch.int64)
-    zeros.share_memory_()  # type: ignore[no-untyped-call]  # torch does not annotate it
-    return zeros
+    """Return int64 zeros in shared memory: fresh from the system, because in a process forked by a parent that has
+    used torch's thread pool, filling or copying more than a little memory with torch would wait for ever."""
+    count = math.prod(shape)
+    storage = torch.UntypedStorage._new_shared(8 * count)  # type: ignore[no-untyped-call]  # torch does not annotate it
+    return torch.empty(0, dtype=torch.int64).set_(storage, 0, (count,), (1,)).view(shape)
 
 
 class Start(NamedTuple):
@@ -102,19 +112,35 @@ class Start(NamedTuple):
 
 
 class SharedStart:
-    """Where the next iteration begins, for the main process and all its DataLoader workers alike.
+    """Where the next iteration begins, for the main process of a rank and for a plain DataLoader's workers alike.
 
     It lives in shared memory, so that it holds for every kind of worker: persistent ones see ``set_epoch`` and
-    ``load_state_dict``, and the ones made anew for each epoch see how many epochs their predecessors began. Each
-    process counts its own iterations in a slot that only it writes.
+    ``load_state_dict``, and the ones made anew for each epoch see which epochs were begun before them.
+
+    Theory. The main process counts its own iterations. A plain DataLoader tells nobody that an iteration begins, but
+    all its workers share a seed that is drawn anew for each one. So a *ledger* of (seed, epoch) says which epoch each
+    iteration is: the first worker of an iteration appends a row, its siblings find it. A row's seed is written last,
+    and siblings write equal rows, so they agree without a lock, however late some of them start. Each worker notes the
+    rows it has used, so that a seed that comes again (``torch.manual_seed`` before each epoch) is a new iteration.
+    Persistent workers keep their seed, and count their further iterations themselves.
+
+    Not elegant yet: workers of two iterations that are *begun* in the same microseconds may append to one row.
     """
 
-    _GENERATION, _EPOCH, _POSITION, _BATCHES, _LANES, _CHUNK, _BLOCK, _SLOTS = range(8)
+    _GENERATION, _EPOCH, _POSITION, _LANES, _CHUNK, _BLOCK, _BEGUN, _HEAD = range(8)
+    _LEDGER_ROWS = 4096
 
     def __init__(self, *, seed: int, shuffle: bool) -> None:
         self._seed = seed
         self._shuffle = shuffle
-        self._words = _shared_zeros(self._SLOTS + 1 + MAX_WORKERS)
+        self._words = _shared_zeros(self._HEAD + MAX_WORKERS)
+        self._ledger = _shared_zeros(self._LEDGER_ROWS, 2)
+        self._owner = os.getpid()
+        # Of a worker process alone:
+        self._seen_generation = -1
+        self._first_epoch = 0
+        self._passes = 0
+        self._own: Start | None = None
 
     @property
     def generation(self) -> int:
@@ -123,36 +149,113 @@ class SharedStart:
 
     @property
     def have_workers_begun(self) -> bool:
-        """Whether any DataLoader worker has begun an iteration since the last :meth:`restart`."""
-        return bool(self._words[self._SLOTS + 1 :].any())
+        """Whether workers of a plain DataLoader have begun an iteration since the last :meth:`restart`."""
+        return bool(self._ledger[0, 0])
 
-    def restart(self, epoch: int, *, position: int = 0, batches: int = 0, order: OrderSettings | None = None) -> None:
-        """Let the next iteration of every process begin here, and later ones with the epochs after.
+    def restart(self, epoch: int, *, position: int = 0, order: OrderSettings | None = None) -> None:
+        """Let the next iteration begin here, and later ones with the epochs after.
 
         Args:
             epoch: Which epoch.
             position: Where in it.
-            batches: Of the one reader that is resumed, already delivered from there.
             order: Keep these settings from now on; None leaves them as they are.
         """
-        words = [epoch, position, batches]
-        if order is not None:
-            words += [order.lanes, order.chunk, order.shuffle_block]
-        self._words[self._SLOTS :] = 0
+        self.own()
+        self._words[self._HEAD :] = 0
+        self._ledger.zero_()
+        words = [epoch, position] + ([] if order is None else [order.lanes, order.chunk, order.shuffle_block])
         self._words[self._EPOCH : self._EPOCH + len(words)] = torch.tensor(words)
+        self._words[self._BEGUN] = 0
         self._words[self._GENERATION] += 1
 
-    def peek(self, slot: int) -> Start:
-        """Return where the next iteration of the process of *slot* begins."""
-        _, epoch, position, batches, lanes, chunk, block = self._words[: self._SLOTS].tolist()
-        begun = int(self._words[self._SLOTS + slot])
+    def restart_worker(self, start: Start) -> None:
+        """Let the next iteration of this worker process alone begin at *start*."""
+        self._own = start
+        self._seen_generation = self.generation
+        self._passes = 0
+
+    def own(self) -> bool:
+        """Make this the memory of this process and its workers, if a parent process made it; return whether it did.
+
+        Ranks started from one process (``torch.multiprocessing.spawn``) must not share their epochs.
+        """
+        if self._owner == os.getpid() or get_worker_info() is not None:
+            return False
+        self._words, inherited = _shared_zeros(len(self._words)), self._words
+        self._words.copy_(inherited)
+        self._ledger = _shared_zeros(self._LEDGER_ROWS, 2)
+        self._words[self._BEGUN] = 0
+        self._words[self._HEAD :] = 0
+        self._owner = os.getpid()
+        return True
+
+    def said(self) -> Start:
+        """Return what the last :meth:`restart` said, whoever has begun since."""
+        return self._after(0)
+
+    def peek(self) -> Start:
+        """Return where the next iteration of this process begins."""
+        info = get_worker_info()
+        if info is None:
+            self.own()
+            return self._after(int(self._words[self._BEGUN]))
+        if self._seen_generation == self.generation and self._passes:
+            return self._at(self._first_epoch + self._passes)
+        return self._own or self._after(0)
+
+    def take(self) -> Start:
+        """Return where this iteration begins, and count it as begun."""
+        info = get_worker_info()
+        if info is None:
+            start = self.peek()
+            self._words[self._BEGUN] += 1
+            return start
+        # Iterations that torch gives one seed differ at least in this, or in what each worker has used.
+        return self._take_in_worker(info.id, (info.seed - info.id) ^ (info.num_workers << 52))
+
+    def _take_in_worker(self, worker: int, iteration_seed: int) -> Start:
+        parent = multiprocessing.parent_process()
+        if parent is not None and parent.pid != self._owner:
+            raise StreamShardsError(
+                "this dataset was made in another process than the one that iterates, and was not used there before "
+                "its workers began: call set_epoch on it there first, or iterate a StreamingDataLoader"
+            )
+        if self._seen_generation != self.generation:
+            self._seen_generation, self._passes, self._own = self.generation, 0, None
+        if self._passes == 0:
+            own_epoch = None if self._own is None else self._own.epoch
+            self._first_epoch = self._epoch_of(iteration_seed or 1, worker, own_epoch)
+        passes, self._passes = self._passes, self._passes + 1
+        if passes:
+            return self._at(self._first_epoch + passes)
+        if self._own is not None:
+            own, self._own = self._own, None
+            return own
+        return self._after(self._first_epoch - int(self._words[self._EPOCH]))
+
+    def _epoch_of(self, seed: int, worker: int, own_epoch: int | None) -> int:
+        """Return the epoch of the iteration whose workers share *seed*, entered into the ledger if it is new."""
+        used = int(self._words[self._HEAD + worker])
+        seeds, epochs = self._ledger.numpy().T
+        known = np.flatnonzero(seeds[used:] == seed)
+        row = used + int(known[0]) if len(known) else int(np.count_nonzero(seeds))
+        if row >= self._LEDGER_ROWS:
+            raise StreamShardsError(f"{row:,} epochs without a set_epoch: call it, or iterate a StreamingDataLoader")
+        if not len(known):
+            following = int(epochs[:row].max()) + 1 if row else int(self._words[self._EPOCH])
+            epochs[row] = following if own_epoch is None else own_epoch
+            seeds[row] = seed
+        self._words[self._HEAD + worker] = row + 1
+        return int(epochs[row])
+
+    def _after(self, begun: int) -> Start:
+        """Return where the iteration begins that comes after *begun* others since the last restart."""
+        _, epoch, position, *_ = self._words[: self._HEAD].tolist()
+        return self._at(epoch + begun, 0 if begun else position)
+
+    def _at(self, epoch: int, position: int = 0) -> Start:
+        *_, lanes, chunk, block, _ = self._words[: self._HEAD].tolist()
         order = None
         if lanes:
             order = OrderSettings(shuffle=self._shuffle, seed=self._seed, lanes=lanes, chunk=chunk, shuffle_block=block)
-        return Start(epoch + begun, 0 if begun else position, 0 if begun else batches, order)
-
-    def take(self, slot: int) -> Start:
-        """Return what :meth:`peek` does, and count the iteration as begun."""
-        start = self.peek(slot)
-        self._words[self._SLOTS + slot] += 1
-        return start
+        return Start(epoch, position, 0, order)

@@ -26,6 +26,7 @@ from streamshards import (
     ResumeMismatch,
     RetryOptions,
     StoreUnavailable,
+    StreamingDataLoader,
     StreamingDataset,
     StreamShardsError,
     Topology,
@@ -192,6 +193,38 @@ def test_an_error_in_a_transform_is_the_users_own_and_loses_nothing(url: str) ->
     assert next(iterator) == 4
 
 
+def test_stop_iteration_in_a_transform_does_not_end_the_epoch(url: str) -> None:
+    """A next() on an exhausted helper inside a transform is an error, not the end of the data."""
+
+    def exhausted(s: dict[str, Any]) -> Any:
+        return next(iter(())) if s["id"] == 37 else s["id"]
+
+    for batch_size in (None, 10):
+        with pytest.raises(RuntimeError, match="StopIteration"):
+            list(StreamingDataset(url, batch_size=batch_size, transform=exhausted))
+
+
+def test_what_a_transform_failed_on_has_not_been_received(url: str) -> None:
+    """A state saved in the exception handler resumes with the batch that failed; going on counts it as passed."""
+
+    def picky(batch: dict[str, Any]) -> list[int]:
+        if 40 in batch["id"]:
+            raise ZeroDivisionError
+        return batch["id"].tolist()
+
+    dataset = StreamingDataset(url, batch_size=10, batch_transform=picky)
+    loader = StreamingDataLoader(StreamingDataset(url, batch_size=10, batch_transform=picky))
+    for source in (dataset, loader):
+        iterator = iter(source)
+        for _ in range(4):
+            next(iterator)
+        with pytest.raises(ZeroDivisionError):
+            next(iterator)
+        assert source.state_dict()["position"] == 40
+        assert next(iterator) == list(range(50, 60))
+        assert source.state_dict()["position"] == 60
+
+
 # -- random access and what the dataset says of itself -----------------------------------------------------------------
 
 
@@ -285,6 +318,19 @@ def test_epochs_advance_and_set_epoch_reaches_workers(url: str, persistent_worke
     assert ids(loader) == epochs[0]
     dataset.set_epoch(2)
     assert ids(loader) == epochs[2]
+
+
+def test_workers_of_one_iteration_agree_on_its_epoch(url: str) -> None:
+    """More workers in the next epoch, an iteration left at once, a seed that comes again: always whole epochs."""
+    dataset = StreamingDataset(url, batch_size=32, shuffle=True, order=LANES)
+    reference = StreamingDataset(url, batch_size=32, shuffle=True, order=LANES)
+    epochs = [ids(reference) for _ in range(6)]
+    for num_workers in (1, 3, 2):
+        torch.manual_seed(0)
+        loader = DataLoader(dataset, batch_size=None, num_workers=num_workers, collate_fn=_identity)
+        delivered = ids(loader)
+        assert delivered in epochs
+        epochs.remove(delivered)
 
 
 @pytest.mark.parametrize("batch_size", [None, 32])

@@ -9,9 +9,12 @@ import random
 import select
 import signal
 from multiprocessing.connection import Connection
+from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
+import torch.distributed
 from torch.utils.data import DataLoader
 
 from streamshards import (
@@ -212,6 +215,54 @@ def test_the_dataset_does_not_guess_the_place_of_a_loader(url: str) -> None:
     loader.set_epoch(3)
     assert dataset.state_dict()["epoch"] == 3
     assert loader.stats()["batches"] > 0
+
+
+def test_a_slow_worker_of_an_abandoned_iteration_changes_nothing(url: str, epochs: list[list[list[int]]]) -> None:
+    """Each iteration's workers carry their own start: however late some of an older one get to theirs."""
+    loader = make(url, 3, multiprocessing_context="fork")
+    abandoned = [iter(loader) for _ in range(3)]
+    assert ids(loader) == epochs[3]
+    del abandoned
+
+
+def test_batches_out_of_order_are_refused(url: str) -> None:
+    """What torch calls in_order=False cannot be resumed exactly."""
+    with pytest.raises(OptionInvalid, match="in_order"):
+        make(url, 2, in_order=False)
+
+
+def _rank(rank: int, dataset: StreamingDataset, num_workers: int, folder: str) -> None:
+    torch.distributed.init_process_group("gloo", init_method=f"file://{folder}/group", rank=rank, world_size=2)
+    loader = StreamingDataLoader(dataset, num_workers=num_workers)
+    seen = [ids(loader) for _ in range(2)]
+    Path(folder, f"{rank}.json").write_text(json.dumps([len(loader), seen]))
+    torch.distributed.destroy_process_group()
+
+
+@pytest.mark.parametrize("context", ["fork", "spawn"])
+@pytest.mark.parametrize("num_workers", [0, 2])
+def test_a_dataset_made_before_its_ranks(url: str, tmp_path: Path, context: str, num_workers: int) -> None:
+    """Handed to processes that only then become ranks (mp.spawn): each takes its own part of the same epochs."""
+    reference = make_dataset(url)
+    whole = [ids(reference), ids(reference)]
+    dataset = StreamingDataset(url, batch_size=BATCH // 2, shuffle=True, seed=9, columns=["id", "tokens"], order=LANES)
+    next(iter(dataset))
+    dataset.set_epoch(0)
+    processes = [
+        multiprocessing.get_context(context).Process(
+            target=_rank, args=(rank, dataset, num_workers, str(tmp_path)), daemon=False
+        )
+        for rank in range(2)
+    ]
+    for process in processes:
+        process.start()
+    for process in processes:
+        process.join()
+    parts = [json.loads((tmp_path / f"{rank}.json").read_text()) for rank in range(2)]
+    assert [part[0] for part in parts] == [NUM_BATCHES, NUM_BATCHES]
+    for epoch in range(2):
+        steps = zip(parts[0][1][epoch], parts[1][1][epoch], strict=True)
+        assert [left + right for left, right in steps] == whole[epoch]
 
 
 def test_what_the_dataset_decides_is_refused(url: str) -> None:

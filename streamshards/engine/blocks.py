@@ -4,23 +4,46 @@ Loading has two phases, because the size of ragged columns is only known from th
 (fetch, verify, read offsets), then allocate the block's columns once and *fill* each piece in place.
 
 Lost rows. A piece whose shard is corrupt or missing leaves its rows' places empty. They are refilled by rows drawn,
-with a key, from the surviving rows of the same block; if none survived, from the lane's next block that has survivors
-(cyclically). The draw depends on the order, and on which shards are bad, and on nothing else: so every reader on every
-topology puts the same rows in the same places, and the number of batches never changes.
+with a key, from the surviving rows of the same block; if none survived, from the next block that has survivors: of the
+same lane, then of the lanes after it, cyclically. The draw depends on the order, and on which shards are bad, and on
+nothing else: so every reader on every topology puts the same rows in the same places, and the number of batches never
+changes.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from typing import Final
 
+import numpy as np
 import torch
 
 from streamshards.errors import ShardCorrupt, ShardMissing
-from streamshards.plan.order import Block, Draw, EpochOrder, Piece, philox_words
+from streamshards.plan.index import Index
+from streamshards.plan.order import Block, Draw, EpochOrder, Int64Array, Piece, philox_words
 from streamshards.shard.data import ColumnData, Columns, part_dtype, part_shape
 from streamshards.shard.reader import ShardReader, empty
 from streamshards.shard.schema import Field, Path, Schema
+
+_ORDER_BYTES: Final = 16
+"""Of a row's place in the shuffled order: an int64, and another one while it is drawn."""
+
+
+def loaded_sizes(index: Index, schema: Schema) -> Int64Array:
+    """Return the bytes that each shard of *index* takes once its rows are in a block: int64 ``(shards,)``.
+
+    That is more than its own raw bytes where the shard stores a field more tightly than the dataset's *schema* has it:
+    one that is None throughout, say.
+    """
+    fixed = sum(
+        math.prod(part_shape(column, part, 1, 0)[1:]) * part_dtype(column, part).itemsize
+        for column in schema.fields
+        for part in column.parts
+        if part != "values" or column.kind == "tensor"
+    )
+    return np.maximum(index.raw_sizes, index.rows * fixed) + index.rows * _ORDER_BYTES
 
 
 @dataclass(frozen=True, slots=True)

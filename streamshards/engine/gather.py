@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import Final
 
 import torch
@@ -11,10 +12,6 @@ from streamshards.shard.schema import Field, Part, Path, Schema
 
 _COPY_DTYPES: Final = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64, 16: torch.complex128}
 """A dtype of each item size that every torch can index: not all can index float8, uint16 or complex32."""
-
-_LONG_ROW_BYTES: Final = 512
-"""From this mean length on, ragged rows are copied one by one (about 1 µs each); shorter ones through an index of
-8 bytes an item, which is faster as long as an item-wise copy costs less than a Python call."""
 
 
 class BatchBuilder:
@@ -81,24 +78,19 @@ def _join(values: list[torch.Tensor]) -> torch.Tensor:
 
 
 def _gather_spans(data: ColumnData, index: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """Return the values of some ragged rows, one after the other in fresh memory, and each row's length."""
+    """Return the values of some ragged rows, one after the other in fresh memory, and each row's length.
+
+    One ``bytes.join`` of slices: 0.25 µs a row of 40 bytes, 0.9 µs of 4 KB. Measured beside it: ``torch.cat`` of slices
+    (1.4 and 2.1 µs), and one ``index_select`` through an index of 8 bytes an item (0.4 and 3.6 µs).
+    """
     offsets = data.part("offsets")
-    starts = offsets[index]
-    lengths = offsets[index + 1] - starts
-    out = torch.empty((int(lengths.sum()), *data.values.shape[1:]), dtype=data.values.dtype)
-    if out.numel():
-        _select_spans(data.values, starts, lengths, out)
-    return out, lengths
-
-
-def _select_spans(values: torch.Tensor, starts: torch.Tensor, lengths: torch.Tensor, out: torch.Tensor) -> None:
-    """Copy the spans ``values[start : start + length]`` into *out*, one after the other."""
-    plain = _COPY_DTYPES[values.itemsize]
-    values, out = values.view(plain), out.view(plain)
-    if out.nbytes >= _LONG_ROW_BYTES * len(starts):
-        ends = starts + lengths
-        torch.cat([values[lo:hi] for lo, hi in zip(starts.tolist(), ends.tolist(), strict=True)], out=out)
-        return
-    before = torch.cumsum(lengths, dim=0) - lengths
-    index = torch.arange(len(out)) + torch.repeat_interleave(starts - before, lengths)
-    torch.index_select(values, 0, index, out=out)
+    starts, ends = offsets[index], offsets[index + 1]
+    item_bytes = data.values.itemsize * math.prod(data.values.shape[1:])
+    stored = data.values.reshape(-1).view(torch.uint8).numpy().data
+    bounds = zip((starts * item_bytes).tolist(), (ends * item_bytes).tolist(), strict=True)
+    joined = bytearray().join([stored[lo:hi] for lo, hi in bounds])
+    lengths = ends - starts
+    shape = (int(lengths.sum()), *data.values.shape[1:])
+    if not joined:  # torch makes no tensor of an empty buffer
+        return torch.empty(shape, dtype=data.values.dtype), lengths
+    return torch.frombuffer(joined, dtype=torch.uint8).view(data.values.dtype).view(shape), lengths

@@ -19,7 +19,15 @@ from dataclasses import dataclass, field
 from functools import partial
 
 from streamshards.clock import Clock
-from streamshards.engine.blocks import BlockBuffers, LoadedBlock, OpenPiece, finish, open_piece, refill_from
+from streamshards.engine.blocks import (
+    BlockBuffers,
+    LoadedBlock,
+    OpenPiece,
+    finish,
+    loaded_sizes,
+    open_piece,
+    refill_from,
+)
 from streamshards.engine.fetch import Fetcher
 from streamshards.engine.retry import Cancelled
 from streamshards.errors import ShardCorrupt, ShardMissing, TooManyCorrupt
@@ -104,6 +112,7 @@ class BlockLoader:
     ) -> None:
         self._order = order
         self._index = index
+        self._loaded_sizes = loaded_sizes(index, schema)
         self._schema = schema
         self._fetcher = fetcher
         self._policy = policy
@@ -335,17 +344,13 @@ class BlockLoader:
             ) from cause
 
     def _refill_from_another(self, block: Block) -> LoadedBlock:
-        """Return *block* refilled from the lane's next block with surviving rows; its threads are not used."""
-        start, stop = self._order.lane_interval(block.lane)
-        offset = block.stop % (stop - start)
-        while offset != block.start:
-            donor = self._order.block_at(block.lane, offset)
+        """Return *block* refilled from the next block with surviving rows; no other thread has a part in it."""
+        for donor in self._order.blocks_after(block):
             loaded = self._load_now(donor)
             if loaded is not None:
                 return refill_from(self._order, block, loaded)
-            offset = donor.stop % (stop - start)
         raise TooManyCorrupt(
-            f"lane {block.lane}: every shard of its {stop - start:,} rows is corrupt or missing; "
+            f"{self._fetcher.url_of(block.pieces[0].shard)}: this shard and all others are corrupt or missing; "
             'run "streamshards verify" on the dataset'
         )
 
@@ -358,11 +363,11 @@ class BlockLoader:
     # -- bytes -----------------------------------------------------------------------------------------------------
 
     def _sizes(self, block: Block) -> tuple[int, int]:
-        """Return the raw bytes of *block*'s rows, and the stored bytes of its shards."""
+        """Return the bytes of *block*'s rows in memory, and the stored bytes of its shards."""
         raw = stored = 0
         for piece in block.pieces:
             rows = int(self._index.rows[piece.shard])
-            raw += -(-int(self._index.raw_sizes[piece.shard]) * piece.num_rows // rows)
+            raw += -(-int(self._loaded_sizes[piece.shard]) * piece.num_rows // rows)
             stored += int(self._index.sizes[piece.shard])
         return raw, stored
 

@@ -17,6 +17,7 @@ import os
 import threading
 from collections import deque
 from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 from typing import Final, Generic, TypeVar
 
 from streamshards.clock import Clock
@@ -40,6 +41,16 @@ _JOIN_S: Final = 0.1
 """How long ``close`` waits for the threads, all together: enough to finish a decode, short enough for a ``break``."""
 
 
+@dataclass(frozen=True)
+class _Ready(Generic[T]):
+    """A batch that waits for the training loop."""
+
+    batch: T
+    num_rows: int
+    nbytes: int
+    """Of its columns."""
+
+
 class BatchStream(Generic[T]):
     """An iterator over the batches of one reader, from one position of one epoch to its end.
 
@@ -49,6 +60,7 @@ class BatchStream(Generic[T]):
         schema: The fields of a batch.
         convert: Turns gathered columns into what ``next`` returns, on the stream's own thread.
         ready_batches: Batches kept ready at most.
+        ready_bytes: Their size at most, but for a single one.
         slow_s: Report every time ``next`` has waited this long.
         url: The dataset, for messages.
         clock: Time.
@@ -64,6 +76,7 @@ class BatchStream(Generic[T]):
         *,
         convert: Callable[[Columns], T],
         ready_batches: int,
+        ready_bytes: int,
         slow_s: float,
         url: str,
         clock: Clock,
@@ -74,7 +87,8 @@ class BatchStream(Generic[T]):
         self._loader = loader
         self._schema = schema
         self._convert = convert
-        self._ready_batches = ready_batches
+        self._max_ready = ready_batches
+        self._max_ready_bytes = ready_bytes
         self._slow_s = slow_s
         self._url = url
         self._clock = clock
@@ -88,7 +102,8 @@ class BatchStream(Generic[T]):
         self._taken: dict[Visit, int] = {}
         # Shared with the consumer, under the condition:
         self._changed = threading.Condition()
-        self._ready: deque[T] = deque()
+        self._ready: deque[_Ready[T]] = deque()
+        self._ready_bytes = 0
         self._waiting_for: Visit | None = None
         self._ended = False
         self._error: BaseException | None = None
@@ -115,10 +130,11 @@ class BatchStream(Generic[T]):
                 "call iter() on the dataset again in this process"
             )
         started = self._clock.now()
-        while not (taken := self._take()):
+        while (taken := self._take()) is None:
             self._report_slow(self._clock.now() - started)
-        self._counters.add(batches=1, wait_ns=int((self._clock.now() - started) * 1e9))
-        return taken[0]
+        wait_ns = int((self._clock.now() - started) * 1e9)
+        self._counters.add(batches=1, samples=taken.num_rows, wait_ns=wait_ns)
+        return taken.batch
 
     def close(self) -> None:
         """Stop; drop what is ready. Safe to call from any thread, any number of times."""
@@ -134,14 +150,16 @@ class BatchStream(Generic[T]):
             if thread is not threading.current_thread():
                 thread.join(max(0.0, until - self._clock.now()))
 
-    def _take(self) -> tuple[T] | None:
+    def _take(self) -> _Ready[T] | None:
         """Return the next batch, or None if there was none within ``slow_s``; else as ``next``."""
         with self._changed:
             if not self._changed.wait_for(lambda: self._ready or self._ended or self._closed, self._slow_s):
                 return None
             if self._ready:
                 self._changed.notify_all()
-                return (self._ready.popleft(),)
+                taken = self._ready.popleft()
+                self._ready_bytes -= taken.nbytes
+                return taken
             if self._error is not None:
                 raise self._error
             raise StopIteration
@@ -194,7 +212,7 @@ class BatchStream(Generic[T]):
             for visit in step.closed:
                 self._release_if_over(visit)
 
-    def _assemble(self, step: Step) -> T:
+    def _assemble(self, step: Step) -> _Ready[T]:
         gather_s = 0.0
         builder = BatchBuilder(self._schema, sum(segment.num_rows for segment in step.segments))
         for visit, first, num_rows in step.segments:
@@ -210,8 +228,8 @@ class BatchStream(Generic[T]):
         columns = builder.finish()
         batch = self._convert(columns)
         gather_s += self._clock.now() - started
-        self._counters.add(samples=columns.num_rows, gather_ns=int(gather_s * 1e9))
-        return batch
+        self._counters.add(gather_ns=int(gather_s * 1e9))
+        return _Ready(batch, columns.num_rows, columns.nbytes)
 
     def _wait_for(self, visit: Visit) -> LoadedBlock:
         """Return the block of *visit*, the first that is needed now.
@@ -232,13 +250,17 @@ class BatchStream(Generic[T]):
             del self._taken[visit]
             self._loader.release(visit)
 
-    def _hand_over(self, batch: T) -> bool:
+    def _hand_over(self, batch: _Ready[T]) -> bool:
         """Put *batch* into the queue once there is room; return whether anyone still wants it."""
         with self._changed:
-            while len(self._ready) >= self._ready_batches and not self._closed:
+            while not self._closed and self._ready and not self._has_room(batch.nbytes):
                 self._changed.wait()
             if self._closed:
                 return False
             self._ready.append(batch)
+            self._ready_bytes += batch.nbytes
             self._changed.notify_all()
         return True
+
+    def _has_room(self, nbytes: int) -> bool:
+        return len(self._ready) < self._max_ready and self._ready_bytes + nbytes <= self._max_ready_bytes

@@ -231,6 +231,14 @@ class EpochOrder:
             yield block
             offset = block.stop
 
+    def blocks_after(self, block: Block) -> Iterator[Block]:
+        """Yield all other blocks of the epoch: from the next one of its lane on, lane by lane, and round to itself."""
+        lanes = self.settings.lanes
+        yield from (other for other in self.blocks(block.lane) if other.number > block.number)
+        for step in range(1, lanes):
+            yield from self.blocks((block.lane + step) % lanes)
+        yield from (other for other in self.blocks(block.lane) if other.number < block.number)
+
     def permutation(self, block: Block) -> Int64Array:
         """Return, for each lane offset of *block* in order, which of its stored rows comes there: int64 ``(rows,)``."""
         if not self.settings.shuffle:

@@ -241,6 +241,7 @@ class Rig:
             self.schema or self.dataset_schema,
             convert=self.convert,
             ready_batches=self.ready_batches,
+            ready_bytes=1 << 40,
             slow_s=self.slow_s,
             url=self.store.url,
             clock=self.clock,

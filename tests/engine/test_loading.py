@@ -15,7 +15,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from streamshards.engine import loading
-from streamshards.engine.blocks import BlockBuffers
+from streamshards.engine.blocks import BlockBuffers, loaded_sizes
 from streamshards.engine.loading import BlockLoader, LossPolicy
 from streamshards.engine.retry import Cancelled
 from streamshards.errors import AccessDenied, ShardCorrupt, ShardMissing, StoreUnavailable, TooManyCorrupt
@@ -125,7 +125,7 @@ def needed_bytes(rig: Rig) -> int:
     """Return what one block of each lane that the reader ever takes a row from needs."""
     order, assignment = rig.order(), rig.assignment()
     lanes, _ = order.locate(assignment.positions(0, assignment.num_batches)[0])
-    sizes = rig.index.raw_sizes + rig.index.sizes
+    sizes = loaded_sizes(rig.index, rig.schema or rig.dataset_schema) + rig.index.sizes
     return sum(order.max_block_bytes(lane, sizes) for lane in set(lanes.tolist()))
 
 
@@ -163,7 +163,7 @@ def test_the_budget_is_used() -> None:
 def test_a_block_fits_beside_what_is_held() -> None:
     """Stored and raw bytes count until a block is decoded, raw ones until it is released; an empty loader takes any."""
     rig = rig_of([8] * 4, shuffle_block=1)
-    raw, stored = rig.index.raw_sizes, rig.index.sizes
+    raw, stored = loaded_sizes(rig.index, rig.dataset_schema), rig.index.sizes
     rig.budget_bytes = int(raw.sum() + stored.sum()) - 1
     with Loading(rig) as (loader, visits):
         shards = [visit.block.pieces[0].shard for visit in visits]
@@ -285,7 +285,7 @@ def test_a_failure_reaches_whoever_waits_for_that_block_only() -> None:
                 assert watched(lambda visit=visit: loader.wait(visit)).columns.num_rows == 4
         for _ in range(2):
             with pytest.raises(AccessDenied) as caught:
-                loader.wait(visits[2])
+                watched(lambda: loader.wait(visits[2]))
         assert "_open_piece" in [entry.name for entry in caught.traceback]
 
 
@@ -329,7 +329,7 @@ def test_close_ends_waits_and_threads() -> None:
     assert outcome == ["cancelled"]
     loader.admit(visits[3])
     with pytest.raises(Cancelled):
-        loader.wait(visits[3])
+        watched(lambda: loader.wait(visits[3]))
     until.set()
     join_all(loader.threads)
     assert len(gets(rig)) <= 2

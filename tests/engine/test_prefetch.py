@@ -196,6 +196,7 @@ def test_an_error_in_the_plan_arrives_too() -> None:
         rig.dataset_schema,
         convert=lambda columns: columns,
         ready_batches=1,
+        ready_bytes=1 << 40,
         slow_s=1000,
         url="fake://store",
         clock=rig.clock,
