@@ -154,6 +154,7 @@ class Rig:
     policy: LossPolicy = SKIP
     retry: RetryOptions = RETRY
     ready_batches: int = 2
+    ready_bytes: int = 1 << 40
     slow_s: float = 1000.0
     clock: Clock = field(default_factory=FakeClock)
     convert: Callable[[Columns], Any] = lambda columns: columns
@@ -241,7 +242,7 @@ class Rig:
             self.schema or self.dataset_schema,
             convert=self.convert,
             ready_batches=self.ready_batches,
-            ready_bytes=1 << 40,
+            ready_bytes=self.ready_bytes,
             slow_s=self.slow_s,
             url=self.store.url,
             clock=self.clock,

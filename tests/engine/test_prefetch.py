@@ -32,9 +32,13 @@ def dataset() -> tuple[MemoryStore, Index]:
     return numbered(ROWS)
 
 
-def rig_of(script: Any = (), **changes: Any) -> Rig:
+def rig_of(script: Any = (), *, columns: list[str] | None = None, **changes: Any) -> Rig:
+    """Return a rig over six shards of one block and one batch each; of some columns only, if given."""
     store, index = dataset()
-    return Rig(FaultyStore(store, script), index, **{"shuffle_block": 1, **changes})
+    rig = Rig(FaultyStore(store, script), index, **{"shuffle_block": 1, **changes})
+    if columns is not None:
+        rig.schema = rig.dataset_schema.select(columns)
+    return rig
 
 
 def threads_of(stream: BatchStream[Any]) -> list[threading.Thread]:
@@ -99,6 +103,19 @@ def test_no_more_batches_are_made_than_asked_for() -> None:
     assert len(stream._ready) == 3
     drain(stream)
     assert len(made) == 6
+
+
+@pytest.mark.parametrize(("share", "expected"), [(0.0, 1), (0.9, 1), (2.0, 2), (2.9, 2), (100.0, 5)])
+def test_ready_batches_are_bounded_in_bytes(share: float, expected: int) -> None:
+    """As many are kept ready as fit ready_bytes, and one that is larger still; taking one makes its room free again."""
+    row_bytes = drain(rig_of(columns=["id"]).stream())[0].nbytes
+    rig = rig_of(columns=["id"], ready_batches=5, ready_bytes=int(share * row_bytes))
+    stream = rig.stream()
+    for _ in range(2):
+        until(lambda: is_waiting_for_room(stream) or not stream._thread.is_alive())
+        assert len(stream._ready) == min(expected, 5)
+        watched(stream.next)
+    assert [ids_of(batch) for batch in drain(stream)] == rig.expected_ids()[2:]
 
 
 def is_waiting_for_room(stream: BatchStream[Any]) -> bool:
