@@ -237,8 +237,9 @@ class SharedStart:
         """Return the epoch of the iteration whose workers share *seed*, entered into the ledger if it is new."""
         used = int(self._words[self._HEAD + worker])
         seeds, epochs = self._ledger.numpy().T
-        known = np.flatnonzero(seeds[used:] == seed)
-        row = used + int(known[0]) if len(known) else int(np.count_nonzero(seeds))
+        seen = seeds.copy()  # one look: a sibling may enter the row between two
+        known = np.flatnonzero(seen[used:] == seed)
+        row = used + int(known[0]) if len(known) else int(np.count_nonzero(seen))
         if row >= self._LEDGER_ROWS:
             raise StreamShardsError(f"{row:,} epochs without a set_epoch: call it, or iterate a StreamingDataLoader")
         if not len(known):
