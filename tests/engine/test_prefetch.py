@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gc
 import os
+import signal
 import threading
 import weakref
 from collections.abc import Callable, Iterator
@@ -288,8 +289,13 @@ def test_close_ends_everything(stage: str, closer: str, monkeypatch: pytest.Monk
         watched(lambda: join_all(closers))
     with pytest.raises(StopIteration):
         watched_stop(stream)
+    if stage != "gather":
+        join_all([stream._thread])  # it does not wait for what the others are in
+    store: Any = stream._loader._fetcher._store
+    num_gets = len(store.gets)
     gate.opened.set()
     watched(lambda: join_all(threads_of(stream)))
+    assert len(store.gets) == num_gets
     assert not stream._ready
     assert stream._loader._fetches == stream._loader._fills == [], "what nobody will do is not kept"
     with pytest.raises(StopIteration):
@@ -504,9 +510,12 @@ def test_an_iterator_used_after_a_fork_says_so(url: str) -> None:
         os.write(write, text.encode())
         os._exit(0)
     os.close(write)
-    with open(read, "rb") as pipe:
-        text = watched(pipe.read).decode()
-    os.waitpid(child, 0)
+    try:
+        with open(read, "rb") as pipe:
+            text = watched(pipe.read).decode()
+    finally:
+        os.kill(child, signal.SIGKILL)  # it has ended, or hangs
+        os.waitpid(child, 0)
     assert f"made in process {os.getpid()}" in text
     assert "call iter()" in text
     assert first + [number for batch in iterator for number in batch["id"].tolist()] == list(range(200))
