@@ -17,7 +17,6 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Final
 
-import numpy as np
 import torch
 
 from streamshards.errors import ShardCorrupt, ShardMissing
@@ -32,18 +31,22 @@ _ORDER_BYTES: Final = 16
 
 
 def loaded_sizes(index: Index, schema: Schema) -> Int64Array:
-    """Return the bytes that each shard of *index* takes once its rows are in a block: int64 ``(shards,)``.
+    """Return the bytes that each shard of *index* takes at most once its rows are in a block: int64 ``(shards,)``.
 
-    That is more than its own raw bytes where the shard stores a field more tightly than the dataset's *schema* has it:
-    one that is None throughout, say.
+    That is more than its own raw bytes where the shard may store a field more tightly than the dataset's *schema* has
+    it: nothing at all of one that is None throughout, no offsets of one whose size does not vary there. Which shards
+    do, the index does not say, so all are reckoned as if they did.
     """
-    fixed = sum(
-        math.prod(part_shape(column, part, 1, 0)[1:]) * part_dtype(column, part).itemsize
-        for column in schema.fields
-        for part in column.parts
-        if part != "values" or column.kind == "tensor"
-    )
-    return np.maximum(index.raw_sizes, index.rows * fixed) + index.rows * _ORDER_BYTES
+    row_bytes = _ORDER_BYTES + sum(_unstored_row_bytes(column) for column in schema.fields)
+    return index.raw_sizes + index.rows * row_bytes
+
+
+def _unstored_row_bytes(column: Field) -> int:
+    """Return the bytes a row of *column* takes in a block although its shard may store none of them."""
+    unstored = set(column.parts) - {"values"} if column.kind == "ragged" else set()
+    if column.optional:
+        unstored = set(column.parts) - (set() if column.kind == "tensor" else {"values"})
+    return sum(math.prod(part_shape(column, part, 1, 0)[1:]) * part_dtype(column, part).itemsize for part in unstored)
 
 
 @dataclass(frozen=True, slots=True)

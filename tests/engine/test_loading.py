@@ -136,6 +136,18 @@ def test_memory_is_reckoned_in_the_datasets_form() -> None:
         assert loader._used_bytes >= block.columns.nbytes + block.index.nbytes
 
 
+def test_long_rows_do_not_hide_what_is_always_none() -> None:
+    """A shard that is large for one field and stores nothing of another takes room for both."""
+    wide = torch.zeros(1000)
+    none = [{"id": n, "t": "x" * 4000, "x": None} for n in range(1, 200)]
+    store, index = dataset_of([[{"id": 0, "t": "", "x": wide}], none])
+    rig = Rig(store, index, shuffle=False, shuffle_block=1)
+    with Loading(rig) as (loader, visits):
+        loader.admit(visits[1])
+        block = watched(lambda: loader.wait(visits[1]))
+        assert loader._used_bytes >= block.columns.nbytes + block.index.nbytes
+
+
 @pytest.mark.parametrize("rows", [(1,), (5, 1, 7, 2), (40, 40)], ids=str)
 def test_what_is_reckoned_is_what_is_taken(rows: tuple[int, ...]) -> None:
     """The bytes admitted for a block cover its columns and its order, and are not far above."""
