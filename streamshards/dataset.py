@@ -5,18 +5,15 @@ from __future__ import annotations
 import os
 import threading
 import weakref
-from collections import OrderedDict
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import partial
-from math import gcd
 from operator import index as whole_number
 from typing import Any, Final, Literal, TypeVar
 
-import numpy as np
-import torch
 from torch.utils.data import IterableDataset, default_collate
 
 from streamshards.clock import SystemClock
+from streamshards.engine.access import RandomAccess
 from streamshards.engine.blocks import loaded_sizes
 from streamshards.engine.catalog import load_index
 from streamshards.engine.fetch import Fetcher
@@ -28,8 +25,8 @@ from streamshards.events import Counters, Event, Observer, emit, summarize
 from streamshards.options import GiB, MiB, OrderOptions, PrefetchOptions, RetryOptions, require_int, require_options
 from streamshards.plan.assignment import Assignment, require_tail
 from streamshards.plan.index import Index
-from streamshards.plan.order import EpochOrder, Int64Array, OrderSettings, resolve_order
-from streamshards.plan.schedule import schedule
+from streamshards.plan.order import EpochOrder, OrderSettings, resolve_order
+from streamshards.plan.schedule import lanes_read, schedule
 from streamshards.plan.state import State
 from streamshards.plan.topology import Topology
 from streamshards.runtime import (
@@ -41,7 +38,7 @@ from streamshards.runtime import (
     shared_counters,
     usable_cores,
 )
-from streamshards.shard.columns import Columns, to_batch, to_samples
+from streamshards.shard.columns import Columns, to_batch, to_owned_samples, to_samples
 from streamshards.shard.payload import FramedShard
 from streamshards.shard.reader import ShardReader
 from streamshards.shard.schema import Schema
@@ -58,8 +55,6 @@ _READY_SHARE: Final = 4
 """Ready batches may take a quarter of ``memory_bytes``; blocks get the rest."""
 _MAX_SHARD_RAW_BYTES: Final = 64 * GiB
 """``open_shard`` has no index that says how large a shard may be."""
-_KEPT_READERS: Final = 2
-"""Shards kept open for ``ds[i]``: walking over neighbouring samples fetches each shard once."""
 
 
 class StreamingDataset(IterableDataset[Any]):
@@ -172,7 +167,7 @@ class StreamingDataset(IterableDataset[Any]):
     def _forget_process(self) -> None:
         """Set what belongs to one process and is never carried to another."""
         self._progress: _Progress | None = None
-        self._access: _RandomAccess | None = None
+        self._access: RandomAccess | None = None
         self._followed_generation = -1
         """Of ``_start``, when a StreamingDataLoader last began to iterate."""
 
@@ -236,7 +231,7 @@ class StreamingDataset(IterableDataset[Any]):
         if not -self.num_samples <= number < self.num_samples:
             raise IndexError(f"sample {number} of {self.num_samples:,} in {self.url}")
         if self._access is None:
-            self._access = _RandomAccess(self._fetcher(threading.Event(), current_slot()), self._index.rows)
+            self._access = RandomAccess(self._fetcher(threading.Event(), current_slot()), self._index.rows)
         reader, row = self._access.find(number % self.num_samples)
         (sample,) = to_samples(reader.columns(self._schema, row, row + 1))
         return sample if self._transform is None else self._transform(sample)
@@ -454,7 +449,7 @@ class StreamingDataset(IterableDataset[Any]):
         if self.batch_size is not None and self._transform is None:
             return to_batch
         # In a worker, samples travel to another process: a view would take all its siblings along.
-        return to_samples if current_worker() is None or self.batch_size else _to_owned_samples
+        return to_samples if current_worker() is None or self.batch_size else to_owned_samples
 
     def _ready_steps(self, step_bytes: int) -> int:
         memory_bytes = int(self._prefetch.memory_bytes)
@@ -468,7 +463,7 @@ class StreamingDataset(IterableDataset[Any]):
         """
         memory_bytes = int(self._prefetch.memory_bytes)
         sizes = loaded_sizes(self._index, self._schema) + self._index.sizes
-        lanes = _lanes_read(order, assignment)
+        lanes = lanes_read(order, assignment)
         needed = sum(order.max_block_bytes(lane, sizes) for lane in lanes) + reserved_bytes
         if needed > memory_bytes:
             raise OptionInvalid(
@@ -541,24 +536,6 @@ class _Iterator:
         return next(self._samples)
 
 
-class _RandomAccess:
-    """Finds single samples, keeping the shards it used last open."""
-
-    def __init__(self, fetcher: Fetcher, rows: Int64Array) -> None:
-        self._fetcher = fetcher
-        self._borders = np.concatenate([[0], np.cumsum(rows)])
-        self._readers: OrderedDict[int, ShardReader] = OrderedDict()
-
-    def find(self, number: int) -> tuple[ShardReader, int]:
-        """Return the shard that holds sample *number*, and the row there."""
-        shard = int(self._borders.searchsorted(number, "right")) - 1
-        reader = self._readers.pop(shard, None) or self._fetcher.fetch(shard)
-        self._readers[shard] = reader
-        if len(self._readers) > _KEPT_READERS:
-            self._readers.popitem(last=False)
-        return reader, number - int(self._borders[shard])
-
-
 def open_shard(url: str, *, storage_options: Mapping[str, Any] | None = None) -> ShardReader:
     """Return one shard, open for reading: its ``schema``, ``num_rows`` and ``columns()``.
 
@@ -575,29 +552,3 @@ def open_shard(url: str, *, storage_options: Mapping[str, Any] | None = None) ->
     store = open_store(folder or ".", storage_options)
     data = store.get(name, timeout_s=RetryOptions().attempt_timeout_s, max_bytes=_MAX_SHARD_RAW_BYTES)
     return FramedShard(data, name=url, max_raw_bytes=_MAX_SHARD_RAW_BYTES)
-
-
-def _to_owned_samples(columns: Columns) -> list[Sample]:
-    return [_own(sample) for sample in to_samples(columns)]
-
-
-def _own(value: Any) -> Any:
-    if isinstance(value, torch.Tensor):
-        return value.clone()
-    if isinstance(value, dict):
-        return {key: _own(item) for key, item in value.items()}
-    return value
-
-
-def _lanes_read(order: EpochOrder, assignment: Assignment) -> list[int]:
-    """Return the lanes whose blocks this reader holds side by side."""
-    settings = order.settings
-    stride = assignment.global_batch * assignment.topology.num_workers
-    round_positions = settings.lanes * settings.chunk
-    period = round_positions // gcd(round_positions, stride)
-    count = min(period, assignment.num_batches, max(1, (1 << 18) // assignment.batch_size))
-    if count == 0:
-        return []
-    positions, _ = assignment.positions(0, count)
-    lanes, _ = order.locate(positions)
-    return sorted(set(lanes.tolist()))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass, field
+from math import gcd
 from typing import NamedTuple
 
 import numpy as np
@@ -122,3 +123,17 @@ def _follow(order: EpochOrder, step: Step, current: dict[int, Visit], lane: int,
         visit.planned += 1
         offset += taken
         count -= taken
+
+
+def lanes_read(order: EpochOrder, assignment: Assignment) -> list[int]:
+    """Return the lanes whose blocks this reader holds side by side."""
+    settings = order.settings
+    stride = assignment.global_batch * assignment.topology.num_workers
+    round_positions = settings.lanes * settings.chunk
+    period = round_positions // gcd(round_positions, stride)
+    count = min(period, assignment.num_batches, max(1, (1 << 18) // assignment.batch_size))
+    if count == 0:
+        return []
+    positions, _ = assignment.positions(0, count)
+    lanes, _ = order.locate(positions)
+    return sorted(set(lanes.tolist()))

@@ -5,7 +5,7 @@
 
 from streamshards.shard.buffer import RowBuffer
 from streamshards.shard.data import ColumnData, Columns, blank, part_dtype, part_shape
-from streamshards.shard.samples import RaggedList, to_batch, to_samples
+from streamshards.shard.samples import RaggedList, to_batch, to_owned_samples, to_samples
 
 __all__ = [
     "ColumnData",
@@ -16,5 +16,6 @@ __all__ = [
     "part_dtype",
     "part_shape",
     "to_batch",
+    "to_owned_samples",
     "to_samples",
 ]

@@ -75,6 +75,19 @@ def to_samples(columns: Columns) -> list[dict[str, Any]]:
     return _zip_rows(tree, columns.num_rows)
 
 
+def to_owned_samples(columns: Columns) -> list[dict[str, Any]]:
+    """Return what :func:`to_samples` does, each tensor in memory of its own: fit to be sent to another process."""
+    return [_own(sample) for sample in to_samples(columns)]
+
+
+def _own(value: Any) -> Any:
+    if isinstance(value, torch.Tensor):
+        return value.clone()
+    if isinstance(value, dict):
+        return {key: _own(item) for key, item in value.items()}
+    return value
+
+
 def to_batch(columns: Columns) -> dict[str, Any]:
     """Return one nested dict of columns.
 

@@ -1,0 +1,33 @@
+"""Random access: single samples, a shard at a time."""
+
+from __future__ import annotations
+
+from collections import OrderedDict
+from typing import Final
+
+import numpy as np
+
+from streamshards.engine.fetch import Fetcher
+from streamshards.plan.order import Int64Array
+from streamshards.shard.reader import ShardReader
+
+_KEPT_READERS: Final = 2
+"""Shards kept open for ``ds[i]``: walking over neighbouring samples fetches each shard once."""
+
+
+class RandomAccess:
+    """Finds single samples, keeping the shards it used last open."""
+
+    def __init__(self, fetcher: Fetcher, rows: Int64Array) -> None:
+        self._fetcher = fetcher
+        self._borders = np.concatenate([[0], np.cumsum(rows)])
+        self._readers: OrderedDict[int, ShardReader] = OrderedDict()
+
+    def find(self, number: int) -> tuple[ShardReader, int]:
+        """Return the shard that holds sample *number*, and the row there."""
+        shard = int(self._borders.searchsorted(number, "right")) - 1
+        reader = self._readers.pop(shard, None) or self._fetcher.fetch(shard)
+        self._readers[shard] = reader
+        if len(self._readers) > _KEPT_READERS:
+            self._readers.popitem(last=False)
+        return reader, number - int(self._borders[shard])
