@@ -9,7 +9,7 @@ from typing import Any, Final
 
 from torch.utils.data import DataLoader, IterableDataset
 
-from streamshards.dataset import StreamingDataset
+from streamshards.epochs import EpochDataset
 from streamshards.errors import OptionInvalid
 from streamshards.plan.assignment import Assignment
 from streamshards.plan.state import State
@@ -20,7 +20,7 @@ _DATASET_DECIDES: Final = ("batch_size", "shuffle", "sampler", "batch_sampler", 
 
 
 class StreamingDataLoader(DataLoader[Any]):
-    """Iterates over a :class:`StreamingDataset` in worker processes, or in this one, and knows exactly where it is.
+    """Iterates over a StreamingDataset or a Mixture, in worker processes or in this one, and knows exactly where it is.
 
     Each iteration is the next epoch: 0, 1, 2, … or what ``dataset.set_epoch`` or ``load_state_dict`` said.
 
@@ -34,9 +34,11 @@ class StreamingDataLoader(DataLoader[Any]):
         OptionInvalid: An option that the dataset decides: batch_size, shuffle, sampler, drop_last, collate_fn.
     """
 
-    def __init__(self, dataset: StreamingDataset, *, num_workers: int = 0, **options: Any) -> None:
-        if not isinstance(dataset, StreamingDataset):
-            raise OptionInvalid(f"StreamingDataLoader iterates a StreamingDataset, not a {type(dataset).__name__}")
+    def __init__(self, dataset: EpochDataset, *, num_workers: int = 0, **options: Any) -> None:
+        if not isinstance(dataset, EpochDataset):
+            raise OptionInvalid(
+                f"StreamingDataLoader iterates a StreamingDataset or a Mixture, not a {type(dataset).__name__}"
+            )
         if options.get("in_order") is False:
             raise OptionInvalid("in_order=False: batches out of order cannot be resumed exactly; leave it out")
         misplaced = [name for name in _DATASET_DECIDES if name in options]
@@ -60,7 +62,7 @@ class StreamingDataLoader(DataLoader[Any]):
         batches = super().__iter__()
         self._next = Start(start.epoch + 1, 0, 0, state.order)
         self._latest = state
-        iterator = _CountingIterator(self, batches, self._streaming._assignment(topology, start.position))
+        iterator = _CountingIterator(self, batches, self._streaming._assignment(topology, start))
         self._current = weakref.ref(iterator)
         return iterator
 
@@ -69,7 +71,7 @@ class StreamingDataLoader(DataLoader[Any]):
         iterator = None if self._current is None else self._current()
         if iterator is not None and not iterator.is_over:
             return iterator.assignment.rank_batches
-        return self._streaming._assignment(self._topology(), self._upcoming().position).rank_batches
+        return self._streaming._assignment(self._topology(), self._upcoming()).rank_batches
 
     def state_dict(self) -> dict[str, Any]:
         """Return the place after the last batch that this loader handed out, as a small flat dict of JSON values.
@@ -89,16 +91,18 @@ class StreamingDataLoader(DataLoader[Any]):
         """Return what the dataset has counted, over this process and all workers."""
         return self._streaming.stats()
 
-    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+    def load_state_dict(self, state: Mapping[str, Any], *, strict: bool = True) -> None:
         """Let the next iteration go on from *state*; later ones follow with the next epochs.
+
+        Args:
+            state: What ``state_dict`` returned, here or on any other cluster.
+            strict: As for ``StreamingDataset.load_state_dict``.
 
         Raises:
             ResumeMismatch: It is not a state of this dataset and these order settings.
         """
-        loaded = self._streaming._checked(state)
-        loaded.require_workers(1)
+        self._next = self._streaming._checked(state, strict=strict, num_workers=1)
         self._seen_generation = self._streaming._start.generation
-        self._next = Start(loaded.epoch, loaded.position, 0, loaded.order)
         self._latest = self._current = None
 
     def _upcoming(self) -> Start:
@@ -161,7 +165,7 @@ class _CountingIterator:
 class _View(IterableDataset[Any]):
     """The dataset as one loader's workers see it: they begin where the loader says, not where the dataset stands."""
 
-    def __init__(self, dataset: StreamingDataset) -> None:
+    def __init__(self, dataset: EpochDataset) -> None:
         self.dataset = dataset
         self._shared = SharedStart(seed=dataset.seed, shuffle=dataset.shuffle)
         self._start: Start | None = None
@@ -176,7 +180,7 @@ class _View(IterableDataset[Any]):
         """
         self._rank = rank
         self._start = start
-        self._shared.restart(start.epoch, position=start.position, order=start.order)
+        self._shared.restart(start)
 
     def __iter__(self) -> Iterator[Any]:
         slot = current_slot()

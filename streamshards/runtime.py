@@ -109,6 +109,8 @@ class Start(NamedTuple):
     """Batches this reader has already delivered from *position* on (only when a worker itself is resumed)."""
     order: OrderSettings | None
     """None: to be decided by the first start."""
+    num_shards: int = 0
+    """Of the dataset as this epoch reads it, if shards have been appended since; 0: all."""
 
 
 class SharedStart:
@@ -127,7 +129,7 @@ class SharedStart:
     Not elegant yet: workers of two iterations that are *begun* in the same microseconds may append to one row.
     """
 
-    _GENERATION, _EPOCH, _POSITION, _LANES, _CHUNK, _BLOCK, _BEGUN, _HEAD = range(8)
+    _GENERATION, _EPOCH, _POSITION, _SHARDS, _LANES, _CHUNK, _BLOCK, _BEGUN, _HEAD = range(9)
     _LEDGER_ROWS = 4096
 
     def __init__(self, *, seed: int, shuffle: bool) -> None:
@@ -152,18 +154,17 @@ class SharedStart:
         """Whether workers of a plain DataLoader have begun an iteration since the last :meth:`restart`."""
         return bool(self._ledger[0, 0])
 
-    def restart(self, epoch: int, *, position: int = 0, order: OrderSettings | None = None) -> None:
-        """Let the next iteration begin here, and later ones with the epochs after.
+    def restart(self, start: Start) -> None:
+        """Let the next iteration begin at *start*, and later ones with the epochs after.
 
-        Args:
-            epoch: Which epoch.
-            position: Where in it.
-            order: Keep these settings from now on; None leaves them as they are.
+        Its order is kept from now on; None leaves the order as it is.
         """
         self.own()
+        order = start.order
         self._words[self._HEAD :] = 0
         self._ledger.zero_()
-        words = [epoch, position] + ([] if order is None else [order.lanes, order.chunk, order.shuffle_block])
+        words = [start.epoch, start.position, start.num_shards]
+        words += [] if order is None else [order.lanes, order.chunk, order.shuffle_block]
         self._words[self._EPOCH : self._EPOCH + len(words)] = torch.tensor(words)
         self._words[self._BEGUN] = 0
         self._words[self._GENERATION] += 1
@@ -251,12 +252,14 @@ class SharedStart:
 
     def _after(self, begun: int) -> Start:
         """Return where the iteration begins that comes after *begun* others since the last restart."""
-        _, epoch, position, *_ = self._words[: self._HEAD].tolist()
-        return self._at(epoch + begun, 0 if begun else position)
+        _, epoch, position, num_shards, *_ = self._words[: self._HEAD].tolist()
+        if begun:
+            return self._at(epoch + begun)
+        return self._at(epoch)._replace(position=position, num_shards=num_shards)
 
-    def _at(self, epoch: int, position: int = 0) -> Start:
+    def _at(self, epoch: int) -> Start:
         *_, lanes, chunk, block, _ = self._words[: self._HEAD].tolist()
         order = None
         if lanes:
             order = OrderSettings(shuffle=self._shuffle, seed=self._seed, lanes=lanes, chunk=chunk, shuffle_block=block)
-        return Start(epoch, position, 0, order)
+        return Start(epoch, 0, 0, order)

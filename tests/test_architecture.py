@@ -37,6 +37,7 @@ LAYERS: Final[tuple[tuple[str, tuple[str, ...]], ...]] = (
     ("edge: shards", ("shard/",)),
     ("engine", ("engine/",)),
     ("surroundings", ("runtime.py",)),
+    ("face: epochs", ("epochs.py",)),
     ("face", ("dataset.py", "writer.py")),
     ("face: mixture", ("mixture.py",)),
     ("comfort", ("loader.py", "testing/", "convert/", "integrations/")),

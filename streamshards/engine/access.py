@@ -8,7 +8,7 @@ from typing import Final
 import numpy as np
 
 from streamshards.engine.fetch import Fetcher
-from streamshards.plan.order import Int64Array
+from streamshards.plan.subset import Subset
 from streamshards.shard.reader import ShardReader
 
 _KEPT_READERS: Final = 2
@@ -18,16 +18,18 @@ _KEPT_READERS: Final = 2
 class RandomAccess:
     """Finds single samples, keeping the shards it used last open."""
 
-    def __init__(self, fetcher: Fetcher, rows: Int64Array) -> None:
+    def __init__(self, fetcher: Fetcher, subset: Subset) -> None:
         self._fetcher = fetcher
-        self._borders = np.concatenate([[0], np.cumsum(rows)])
+        self._subset = subset
+        self._borders = np.concatenate([[0], np.cumsum(subset.rows)])
         self._readers: OrderedDict[int, ShardReader] = OrderedDict()
 
     def find(self, number: int) -> tuple[ShardReader, int]:
-        """Return the shard that holds sample *number*, and the row there."""
-        shard = int(self._borders.searchsorted(number, "right")) - 1
+        """Return the shard that holds sample *number* of the subset, and the row there."""
+        part = int(self._borders.searchsorted(number, "right")) - 1
+        shard = int(self._subset.shards[part])
         reader = self._readers.pop(shard, None) or self._fetcher.fetch(shard)
         self._readers[shard] = reader
         if len(self._readers) > _KEPT_READERS:
             self._readers.popitem(last=False)
-        return reader, number - int(self._borders[shard])
+        return reader, int(self._subset.rows_of(shard)[number - int(self._borders[part])])

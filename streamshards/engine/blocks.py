@@ -1,5 +1,8 @@
 """Blocks: the pieces of some shards, decoded side by side into one set of columns, with their shuffled row order.
 
+A piece is decoded from its first row to its last; where a subset draws single rows of a shard, the block's index
+leaves out those between them.
+
 Loading has two phases, because the size of ragged columns is only known from the shards themselves: *open* each piece
 (fetch, verify, read offsets), then allocate the block's columns once and *fill* each piece in place.
 
@@ -15,13 +18,16 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import Final
+from typing import Final, NamedTuple
 
+import numpy as np
 import torch
 
+from streamshards.engine.labels import NO_LABELS, Labels
 from streamshards.errors import ShardCorrupt, ShardMissing
 from streamshards.plan.index import Index
 from streamshards.plan.order import Block, Draw, EpochOrder, Int64Array, Piece, philox_words
+from streamshards.plan.subset import Subset
 from streamshards.shard.data import ColumnData, Columns, part_dtype, part_shape
 from streamshards.shard.reader import ShardReader, empty
 from streamshards.shard.schema import Field, Path, Schema
@@ -58,11 +64,35 @@ class LoadedBlock:
     """int64 ``(rows of the block,)``: for each lane offset of the block in order, its row in *columns*."""
 
 
+class Span(NamedTuple):
+    """Which rows of its shard a piece stands for."""
+
+    first: int
+    stop: int
+    picked: torch.Tensor | None = None
+    """Which of ``[first, stop)`` belong to the piece, counted from *first*, int64 ascending; None: all."""
+
+    @property
+    def num_rows(self) -> int:
+        """Rows to decode."""
+        return self.stop - self.first
+
+
+def span_of(piece: Piece, subset: Subset) -> Span:
+    """Return where the rows of *piece*, which are numbered within *subset*, lie in their shard."""
+    rows = subset.rows_of(piece.shard)[piece.lo : piece.hi]
+    if isinstance(rows, range):
+        return Span(rows.start, rows.stop)
+    first = int(rows[0])
+    return Span(first, int(rows[-1]) + 1, torch.from_numpy(rows - first))
+
+
 @dataclass(slots=True)
 class OpenPiece:
     """A piece of a block whose shard has been verified, or is lost."""
 
     piece: Piece
+    span: Span
     reader: ShardReader | None
     """None: the shard is lost."""
     offsets: dict[Path, torch.Tensor] = field(default_factory=dict)
@@ -75,16 +105,16 @@ class OpenPiece:
         self.cause = cause
 
 
-def open_piece(piece: Piece, reader: ShardReader, schema: Schema) -> OpenPiece:
+def open_piece(piece: Piece, span: Span, reader: ShardReader, schema: Schema) -> OpenPiece:
     """Return *piece* with what is needed to allocate its block.
 
     Raises:
         ShardCorrupt: The shard's offsets do not hold.
     """
-    opened = OpenPiece(piece, reader)
+    opened = OpenPiece(piece, span, reader)
     for column in schema.fields:
         if "offsets" in column.parts:
-            opened.offsets[column.path] = reader.offsets(column, piece.lo, piece.hi)
+            opened.offsets[column.path] = reader.offsets(column, span.first, span.stop)
     return opened
 
 
@@ -100,7 +130,7 @@ class BlockBuffers:
         self.pieces = list(pieces)
         self._first_rows = [0]
         for opened in self.pieces:
-            self._first_rows.append(self._first_rows[-1] + opened.piece.num_rows)
+            self._first_rows.append(self._first_rows[-1] + opened.span.num_rows)
         num_rows = self._first_rows[-1]
         self._first_items: dict[Path, list[int]] = {}
         self.columns = Columns(schema, num_rows, {f.path: self._allocate(f, num_rows) for f in schema.fields})
@@ -114,7 +144,7 @@ class BlockBuffers:
         opened = self.pieces[number]
         if opened.reader is None:
             return
-        piece = opened.piece
+        span = opened.span
         first = self._first_rows[number]
         for column in self.columns.schema.fields:
             for part in column.parts:
@@ -124,17 +154,31 @@ class BlockBuffers:
                 if part == "values" and column.path in self._first_items:
                     lo, hi = self._first_items[column.path][number : number + 2]
                 else:
-                    lo, hi = first, first + piece.num_rows
-                opened.reader.read_into(column, part, piece.lo, piece.hi, whole[lo:hi])
+                    lo, hi = first, first + span.num_rows
+                opened.reader.read_into(column, part, span.first, span.stop, whole[lo:hi])
+
+    def rows(self) -> torch.Tensor:
+        """Return which row of the columns each row of the block is, in tape order, int64."""
+        return torch.cat([self._rows_of(number) for number in range(len(self.pieces))])
 
     def surviving_rows(self) -> torch.Tensor:
-        """Return the rows of the columns that hold data, int64, ascending."""
-        kept = [
-            torch.arange(first, first + opened.piece.num_rows)
-            for opened, first in zip(self.pieces, self._first_rows, strict=False)
-            if opened.reader is not None
-        ]
+        """Return the same for those rows that hold data: int64, ascending."""
+        kept = [self._rows_of(number) for number, opened in enumerate(self.pieces) if opened.reader is not None]
         return torch.cat(kept) if kept else torch.empty(0, dtype=torch.int64)
+
+    @property
+    def is_dense(self) -> bool:
+        """Whether the block's rows are the columns' rows, one by one."""
+        return all(opened.span.picked is None for opened in self.pieces)
+
+    def label(self, labels: Labels, *, epoch: int, source: int) -> None:
+        """Add the columns that say where each row comes from."""
+        spans = [(opened.piece.shard, opened.span.first, opened.span.stop) for opened in self.pieces]
+        self.columns = labels.of_block(self.columns, spans, epoch=epoch, source=source)
+
+    def _rows_of(self, number: int) -> torch.Tensor:
+        first, span = self._first_rows[number], self.pieces[number].span
+        return torch.arange(first, first + span.num_rows) if span.picked is None else span.picked + first
 
     def _allocate(self, column: Field, num_rows: int) -> ColumnData:
         data = ColumnData(torch.empty(0, dtype=torch.uint8))
@@ -152,7 +196,7 @@ class BlockBuffers:
         offsets = torch.zeros(num_rows + 1, dtype=torch.int64)
         items = [0]
         for opened, first in zip(self.pieces, self._first_rows, strict=False):
-            until = first + opened.piece.num_rows
+            until = first + opened.span.num_rows
             if opened.reader is None:
                 offsets[first + 1 : until + 1] = items[-1]
             else:
@@ -162,17 +206,22 @@ class BlockBuffers:
         return offsets
 
 
-def finish(order: EpochOrder, block: Block, buffers: BlockBuffers) -> LoadedBlock | None:
+def finish(
+    order: EpochOrder, block: Block, buffers: BlockBuffers, labels: Labels = NO_LABELS, *, source: int = 0
+) -> LoadedBlock | None:
     """Return the filled block in its shuffled order, lost rows refilled from its surviving ones; None if none did."""
+    if labels:
+        buffers.label(labels, epoch=order.epoch, source=source)
     index = torch.from_numpy(order.permutation(block))
-    if all(opened.reader is not None for opened in buffers.pieces):
-        return LoadedBlock(buffers.columns, index)
+    lost = [opened for opened in buffers.pieces if opened.reader is None]
+    if not lost:
+        return LoadedBlock(buffers.columns, index if buffers.is_dense else buffers.rows()[index])
     survivors = buffers.surviving_rows()
     if not len(survivors):
         return None
-    is_lost = torch.ones(block.num_rows, dtype=torch.bool)
-    is_lost[survivors] = False
+    is_lost = torch.cat([torch.full((o.piece.num_rows,), o.reader is None) for o in buffers.pieces])
     places = is_lost[index]
+    index = buffers.rows()[index]
     index[places] = draw_refill(order, block, survivors, int(places.sum()))
     return LoadedBlock(buffers.columns, index)
 
@@ -193,4 +242,4 @@ def draw_refill(order: EpochOrder, block: Block, survivors: torch.Tensor, count:
         lane=block.lane,
         block=block.number,
     )
-    return survivors[torch.from_numpy((words % len(survivors)).astype("int64"))]
+    return survivors[torch.from_numpy((words % np.uint64(len(survivors))).astype(np.int64))]

@@ -18,7 +18,8 @@ class BatchBuilder:
     """A batch being gathered, row by row in order, into memory that nothing else refers to.
 
     Args:
-        schema: The fields to gather.
+        schema: The fields to gather. Columns without one of them, as in a mixture, add absent rows: zeros that are not
+            ``present``.
         num_rows: Rows of the batch.
     """
 
@@ -39,14 +40,29 @@ class BatchBuilder:
         until = self._filled + len(index)
         for field, part in self._fixed:
             out = self._out[field.path, part][self._filled : until]
-            _select(columns.data[field.path].part(part), index, out)
+            data = columns.data.get(field.path)
+            if data is None:
+                out.zero_()
+            else:
+                _select(data.part(part), index, out)
         for field in self._ragged:
-            self._spans[field.path].append(_gather_spans(columns.data[field.path], index))
+            data = columns.data.get(field.path)
+            self._spans[field.path].append(_absent(field, len(index)) if data is None else _gather_spans(data, index))
         self._filled = until
 
-    def finish(self) -> Columns:
-        """Return the batch; all its rows must have been added."""
-        return Columns(self._schema, self._num_rows, {field.path: self._finish(field) for field in self._schema.fields})
+    def finish(self, reordering: torch.Tensor | None = None) -> Columns:
+        """Return the batch; all its rows must have been added.
+
+        Args:
+            reordering: Which row, in the order in which they were added, comes at each place: int64 ``(rows,)``.
+        """
+        data = {field.path: self._finish(field) for field in self._schema.fields}
+        columns = Columns(self._schema, self._num_rows, data)
+        if reordering is None:
+            return columns
+        ordered = BatchBuilder(self._schema, self._num_rows)
+        ordered.add(columns, reordering)
+        return ordered.finish()
 
     def _finish(self, field: Field) -> ColumnData:
         data = ColumnData(torch.empty(0, dtype=torch.uint8))
@@ -75,6 +91,13 @@ def _select(values: torch.Tensor, index: torch.Tensor, out: torch.Tensor) -> Non
 def _join(values: list[torch.Tensor]) -> torch.Tensor:
     plain = _COPY_DTYPES[values[0].itemsize]
     return torch.cat([part.view(plain) for part in values]).view(values[0].dtype)
+
+
+def _absent(field: Field, num_rows: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """Return what ``_gather_spans`` does, for rows that have nothing."""
+    return torch.empty(part_shape(field, "values", 0, 0), dtype=field.torch_dtype), torch.zeros(
+        num_rows, dtype=torch.int64
+    )
 
 
 def _gather_spans(data: ColumnData, index: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:

@@ -14,7 +14,7 @@ from __future__ import annotations
 import heapq
 import itertools
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 
@@ -24,34 +24,25 @@ from streamshards.engine.blocks import (
     LoadedBlock,
     OpenPiece,
     finish,
-    loaded_sizes,
     open_piece,
     refill_from,
+    span_of,
 )
-from streamshards.engine.fetch import Fetcher
+from streamshards.engine.labels import NO_LABELS, Labels
 from streamshards.engine.retry import Cancelled
+from streamshards.engine.source import Source
 from streamshards.errors import ShardCorrupt, ShardMissing, TooManyCorrupt
 from streamshards.events import Counters, Event, ShardSkipped
-from streamshards.plan.index import Index
 from streamshards.plan.order import Block, EpochOrder, Piece
 from streamshards.plan.schedule import Visit
-from streamshards.shard.schema import Schema
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class LossPolicy:
-    """What a corrupt or missing shard leads to."""
-
-    skip: bool
-    """Refill its rows' places and go on; else raise its error."""
-    max_rows: int
-    """Rows this reader may lose in one epoch before it gives up."""
 
 
 @dataclass(eq=False, slots=True)
 class _Load:
     """One visited block on its way into memory."""
 
+    source: int
+    order: EpochOrder
     block: Block
     raw_bytes: int
     stored_bytes: int
@@ -67,6 +58,14 @@ class _Load:
         return self.result is not None or self.error is not None
 
 
+@dataclass(slots=True)
+class _Losses:
+    """What one epoch of one source has lost."""
+
+    rows: int = 0
+    pieces: dict[int, set[Piece]] = field(default_factory=dict)
+
+
 @dataclass(order=True, slots=True)
 class _Task:
     need: int
@@ -80,11 +79,8 @@ class BlockLoader:
     """Loads the blocks of one epoch for one reader.
 
     Args:
-        order: The epoch's order.
-        index: The dataset.
-        schema: The fields to read.
-        fetcher: Fetches and verifies shards.
-        policy: What to do about lost shards.
+        sources: The datasets; a visit's ``source`` is a number in this list.
+        labels: What blocks say about their rows.
         threads: Threads that fetch and decode.
         cores: How many of them may decode at once.
         budget_bytes: Stored and raw bytes of all admitted blocks together.
@@ -96,12 +92,9 @@ class BlockLoader:
 
     def __init__(
         self,
-        order: EpochOrder,
-        index: Index,
-        schema: Schema,
-        fetcher: Fetcher,
+        sources: Sequence[Source],
         *,
-        policy: LossPolicy,
+        labels: Labels = NO_LABELS,
         threads: int,
         cores: int,
         budget_bytes: int,
@@ -110,12 +103,8 @@ class BlockLoader:
         counters: Counters,
         emit: Callable[[Event], None],
     ) -> None:
-        self._order = order
-        self._index = index
-        self._loaded_sizes = loaded_sizes(index, schema)
-        self._schema = schema
-        self._fetcher = fetcher
-        self._policy = policy
+        self._sources = sources
+        self._labels = labels
         self._cores = cores
         self._budget_bytes = budget_bytes
         self._cancelled = cancelled
@@ -129,8 +118,7 @@ class BlockLoader:
         self._filling = 0
         self._used_bytes = 0
         self._peak_bytes = 0
-        self._lost: dict[int, set[Piece]] = {}
-        self._lost_rows = 0
+        self._losses: dict[tuple[int, int], _Losses] = {}
         self._need = itertools.count()
         self._numbers = itertools.count()
         self.threads = [
@@ -148,13 +136,14 @@ class BlockLoader:
     def fits(self, visit: Visit) -> bool:
         """Return whether the block of *visit* fits the budget beside those admitted; into an empty one, all fit."""
         with self._changed:
-            return not self._used_bytes or self._used_bytes + sum(self._sizes(visit.block)) <= self._budget_bytes
+            return not self._used_bytes or self._used_bytes + sum(self._sizes(visit)) <= self._budget_bytes
 
     def admit(self, visit: Visit) -> None:
         """Start to load the block of *visit*."""
         block = visit.block
-        raw_bytes, stored_bytes = self._sizes(block)
-        load = _Load(block, raw_bytes, stored_bytes, [None] * len(block.pieces), len(block.pieces))
+        raw_bytes, stored_bytes = self._sizes(visit)
+        opened: list[OpenPiece | None] = [None] * len(block.pieces)
+        load = _Load(visit.source, visit.order, block, raw_bytes, stored_bytes, opened, len(opened))
         with self._changed:
             self._use(raw_bytes + stored_bytes)
             self._loads[visit] = load
@@ -201,13 +190,14 @@ class BlockLoader:
             load = self._loads.get(visit)
             block = visit.block
             where = f"lane {block.lane}, block {block.number}"
+            names = self._sources[visit.source].index.names
             if load is None:
                 return f"memory to load {where}"
             if load.is_done:
                 return f"{where} to be gathered"
             missing = [p.shard for p, opened in zip(block.pieces, load.opened, strict=True) if opened is None]
         if missing:
-            return f"{self._index.names[missing[0]]} ({len(missing)} of {len(block.pieces)} shards of {where})"
+            return f"{names[missing[0]]} ({len(missing)} of {len(block.pieces)} shards of {where})"
         return f"{where} to be decoded"
 
     @property
@@ -260,13 +250,14 @@ class BlockLoader:
             heapq.heappush(tasks, task)
 
     def _open(self, load: _Load, need: int, number: int) -> None:
-        opened = self._open_piece(load.block.pieces[number])
+        source = self._sources[load.source]
+        opened = self._open_piece(source, load.block.pieces[number])
         with self._changed:
             load.opened[number] = opened
             load.unfinished -= 1
             if load.unfinished:
                 return
-        buffers = BlockBuffers(self._schema, [piece for piece in load.opened if piece is not None])
+        buffers = BlockBuffers(source.schema, [piece for piece in load.opened if piece is not None])
         with self._changed:
             load.buffers = buffers
             load.unfinished = len(buffers.pieces)
@@ -276,28 +267,32 @@ class BlockLoader:
             self._changed.notify_all()
 
     def _fill(self, load: _Load, buffers: BlockBuffers, number: int) -> None:
-        self._fill_piece(buffers, number)
+        self._fill_piece(self._sources[load.source], buffers, number)
         with self._changed:
             load.unfinished -= 1
             if load.unfinished:
                 return
-        result = finish(self._order, load.block, buffers)
-        self._report_losses(buffers)
+        result = self._finish(load.source, load.order, load.block, buffers)
+        self._report_losses(load, buffers)
         if result is None:
-            result = self._refill_from_another(load.block)
+            result = self._refill_from_another(load)
         with self._changed:
             load.result = result
             load.buffers = None
             load.opened.clear()
             self._use(-load.stored_bytes)
 
-    def _open_piece(self, piece: Piece) -> OpenPiece:
-        try:
-            return open_piece(piece, self._fetcher.fetch(piece.shard), self._schema)
-        except (ShardCorrupt, ShardMissing) as error:
-            return self._lose(OpenPiece(piece, None), error)
+    def _finish(self, source: int, order: EpochOrder, block: Block, buffers: BlockBuffers) -> LoadedBlock | None:
+        return finish(order, block, buffers, self._labels, source=source)
 
-    def _fill_piece(self, buffers: BlockBuffers, number: int) -> None:
+    def _open_piece(self, source: Source, piece: Piece) -> OpenPiece:
+        span = span_of(piece, source.subset)
+        try:
+            return open_piece(piece, span, source.fetcher.fetch(piece.shard), source.schema)
+        except (ShardCorrupt, ShardMissing) as error:
+            return self._lose(source, OpenPiece(piece, span, None), error)
+
+    def _fill_piece(self, source: Source, buffers: BlockBuffers, number: int) -> None:
         started = self._clock.now()
         opened = buffers.pieces[number]
         reader = opened.reader
@@ -306,70 +301,77 @@ class BlockLoader:
         try:
             buffers.fill(number)
         except ShardCorrupt as error:
-            self._lose(opened, error)
-        decoded = reader.raw_bytes * opened.piece.num_rows // reader.num_rows
+            self._lose(source, opened, error)
+        decoded = reader.raw_bytes * opened.span.num_rows // reader.num_rows
         self._counters.add(decode_ns=int((self._clock.now() - started) * 1e9), bytes_decoded=decoded)
 
-    def _lose(self, opened: OpenPiece, error: ShardCorrupt | ShardMissing) -> OpenPiece:
-        if not self._policy.skip:
+    def _lose(self, source: Source, opened: OpenPiece, error: ShardCorrupt | ShardMissing) -> OpenPiece:
+        if not source.policy.skip:
             raise error
         opened.lose(error)
         return opened
 
-    def _report_losses(self, buffers: BlockBuffers) -> None:
+    def _report_losses(self, load: _Load, buffers: BlockBuffers) -> None:
         for opened in buffers.pieces:
             if opened.cause is not None:
-                self._report_loss(opened.piece, opened.cause)
+                self._report_loss(load, opened.piece, opened.cause)
 
-    def _report_loss(self, piece: Piece, cause: ShardCorrupt | ShardMissing) -> None:
+    def _report_loss(self, load: _Load, piece: Piece, cause: ShardCorrupt | ShardMissing) -> None:
         """Log a lost shard once and count each of its rows once, in however many lanes and visits it is met."""
+        source = self._sources[load.source]
         with self._changed:
-            pieces = self._lost.setdefault(piece.shard, set())
+            losses = self._losses_of(load.source, load.order.epoch)
+            pieces = losses.pieces.setdefault(piece.shard, set())
             if piece in pieces:
                 return
             is_known = bool(pieces)
             pieces.add(piece)
-            self._lost_rows += piece.num_rows
-            lost = self._lost_rows
-        url = self._fetcher.url_of(piece.shard)
+            losses.rows += piece.num_rows
+            lost = losses.rows
+        url = source.fetcher.url_of(piece.shard)
         if is_known:
             self._counters.add(rows_skipped=piece.num_rows)
         else:
             self._emit(ShardSkipped(url, piece.shard, piece.num_rows, str(cause)))
-        if lost > self._policy.max_rows:
+        if lost > source.policy.max_rows:
             raise TooManyCorrupt(
                 f"{url}: {lost:,} rows lost to bad shards in this epoch, max_corrupt allows "
-                f"{self._policy.max_rows:,} of {self._index.num_samples:,}; the last: {cause}. "
+                f"{source.policy.max_rows:,} of {source.subset.num_samples:,}; the last: {cause}. "
                 'Repair the dataset ("streamshards verify" lists bad shards) or raise max_corrupt'
             ) from cause
 
-    def _refill_from_another(self, block: Block) -> LoadedBlock:
-        """Return *block* refilled from the next block with surviving rows; no other thread has a part in it."""
-        for donor in self._order.blocks_after(block):
-            loaded = self._load_now(donor)
+    def _losses_of(self, source: int, epoch: int) -> _Losses:
+        """Return what has been lost in one epoch of one source. Lanes wrap at different times: two epochs are kept."""
+        if (source, epoch) not in self._losses:
+            for key in [key for key in self._losses if key[0] == source and key[1] < epoch - 1]:
+                del self._losses[key]
+            self._losses[source, epoch] = _Losses()
+        return self._losses[source, epoch]
+
+    def _refill_from_another(self, load: _Load) -> LoadedBlock:
+        """Return *load*'s block refilled from the next one with surviving rows; no other thread has a part in it."""
+        source = self._sources[load.source]
+        for donor in load.order.blocks_after(load.block):
+            loaded = self._load_now(load, donor)
             if loaded is not None:
-                return refill_from(self._order, block, loaded)
+                return refill_from(load.order, load.block, loaded)
         raise TooManyCorrupt(
-            f"{self._fetcher.url_of(block.pieces[0].shard)}: this shard and all others are corrupt or missing; "
+            f"{source.fetcher.url_of(load.block.pieces[0].shard)}: this shard and all others are corrupt or missing; "
             'run "streamshards verify" on the dataset'
         )
 
-    def _load_now(self, block: Block) -> LoadedBlock | None:
-        buffers = BlockBuffers(self._schema, [self._open_piece(piece) for piece in block.pieces])
+    def _load_now(self, load: _Load, block: Block) -> LoadedBlock | None:
+        source = self._sources[load.source]
+        buffers = BlockBuffers(source.schema, [self._open_piece(source, piece) for piece in block.pieces])
         for number in range(len(buffers.pieces)):
-            self._fill_piece(buffers, number)
-        return finish(self._order, block, buffers)
+            self._fill_piece(source, buffers, number)
+        return self._finish(load.source, load.order, block, buffers)
 
     # -- bytes -----------------------------------------------------------------------------------------------------
 
-    def _sizes(self, block: Block) -> tuple[int, int]:
-        """Return the bytes of *block*'s rows in memory, and the stored bytes of its shards."""
-        raw = stored = 0
-        for piece in block.pieces:
-            rows = int(self._index.rows[piece.shard])
-            raw += -(-int(self._loaded_sizes[piece.shard]) * piece.num_rows // rows)
-            stored += int(self._index.sizes[piece.shard])
-        return raw, stored
+    def _sizes(self, visit: Visit) -> tuple[int, int]:
+        """Return the bytes of a block's rows in memory, and the stored bytes of its shards."""
+        return self._sources[visit.source].block_bytes(visit.block)
 
     def _use(self, amount: int) -> None:
         self._used_bytes += amount

@@ -20,9 +20,12 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Final, Generic, TypeVar
 
+import torch
+
 from streamshards.clock import Clock
 from streamshards.engine.blocks import LoadedBlock
 from streamshards.engine.gather import BatchBuilder
+from streamshards.engine.labels import NO_LABELS, Labels
 from streamshards.engine.loading import BlockLoader
 from streamshards.engine.retry import Cancelled
 from streamshards.errors import StreamShardsError
@@ -57,7 +60,9 @@ class BatchStream(Generic[T]):
     Args:
         steps: The schedule.
         loader: Loads the blocks; closed with the stream.
-        schema: The fields of a batch.
+        schema: The fields of a batch, without those of a step's labels.
+        labels: What batches say about their rows.
+        num_samples: Of the epoch; what lies beyond is padding.
         convert: Turns gathered columns into what ``next`` returns, on the stream's own thread.
         ready_batches: Batches kept ready at most.
         ready_bytes: Their size at most, but for a single one.
@@ -74,6 +79,8 @@ class BatchStream(Generic[T]):
         loader: BlockLoader,
         schema: Schema,
         *,
+        labels: Labels = NO_LABELS,
+        num_samples: int,
         convert: Callable[[Columns], T],
         ready_batches: int,
         ready_bytes: int,
@@ -86,6 +93,8 @@ class BatchStream(Generic[T]):
         self._steps = steps
         self._loader = loader
         self._schema = schema
+        self._labels = labels
+        self._num_samples = num_samples
         self._convert = convert
         self._max_ready = ready_batches
         self._max_ready_bytes = ready_bytes
@@ -225,7 +234,8 @@ class BatchStream(Generic[T]):
             self._release_if_over(visit)
         self._num_ahead -= len(step.segments)
         started = self._clock.now()
-        columns = builder.finish()
+        columns = builder.finish(None if step.reordering is None else torch.from_numpy(step.reordering))
+        columns = self._labels.of_step(columns, step.positions, self._num_samples)
         batch = self._convert(columns)
         gather_s += self._clock.now() - started
         self._counters.add(gather_ns=int(gather_s * 1e9))

@@ -70,19 +70,24 @@ class Assignment:
         """Batches that this reader (one worker of the rank) delivers until the end of the epoch."""
         return max(0, -((self.topology.worker - self.rank_batches) // self.topology.num_workers))
 
-    def positions(self, first: int, count: int) -> tuple[Int64Array, Int64Array]:
-        """Return the positions of this reader's batches ``[first, first + count)``, and each batch's length.
-
-        Returns:
-            int64 ``(sum of lengths,)`` positions in delivery order, and int64 ``(count,)`` lengths.
-        """
+    def slots(self, first: int, count: int) -> tuple[Int64Array, Int64Array]:
+        """Return what ``positions`` does, but with padding where it stands: at or beyond ``num_samples``."""
         steps = self.topology.worker + np.arange(first, first + count, dtype=np.int64) * self.topology.num_workers
         starts = self.start + steps * self.global_batch + self.topology.rank * self.batch_size
         grid = starts[:, None] + np.arange(self.batch_size, dtype=np.int64)
         if self.tail == "uneven":
             inside = grid < self.num_samples
             return grid[inside], inside.sum(axis=1, dtype=np.int64)
-        return (grid % self.num_samples).reshape(-1), np.full(count, self.batch_size, dtype=np.int64)
+        return grid.reshape(-1), np.full(count, self.batch_size, dtype=np.int64)
+
+    def positions(self, first: int, count: int) -> tuple[Int64Array, Int64Array]:
+        """Return the positions of this reader's batches ``[first, first + count)``, and each batch's length.
+
+        Returns:
+            int64 ``(sum of lengths,)`` positions in delivery order, and int64 ``(count,)`` lengths.
+        """
+        slots, lengths = self.slots(first, count)
+        return slots % self.num_samples, lengths
 
     def position_after(self, rank_batches: int) -> int:
         """Return the position that follows once this rank has received *rank_batches* batches.

@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import Any, Final
 
@@ -182,6 +182,17 @@ class Index:
             codec=other.codec,
             created=other.created,
             writer=other.writer,
+        )
+
+    def head(self, num_shards: int) -> Index:
+        """Return an index of the first *num_shards* shards: what it was, if the others were appended since."""
+        return replace(
+            self,
+            names=self.names[:num_shards],
+            rows=self.rows[:num_shards],
+            sizes=self.sizes[:num_shards],
+            raw_sizes=self.raw_sizes[:num_shards],
+            digests=self.digests[:num_shards],
         )
 
     def __repr__(self) -> str:

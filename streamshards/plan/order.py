@@ -29,7 +29,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import dataclass
 from enum import IntEnum
-from typing import TypeAlias
+from typing import NamedTuple, TypeAlias
 
 import numpy as np
 import numpy.typing as npt
@@ -53,6 +53,8 @@ class Draw(IntEnum):
     SHARDS = 0
     BLOCK = 1
     REFILL = 2
+    MIXTURE = 3
+    SPLIT = 4
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -151,6 +153,26 @@ class Block:
         return (self.lane, self.number)
 
 
+class Places(NamedTuple):
+    """Where positions lead: three int64 arrays of one shape."""
+
+    tracks: Int64Array
+    """Names the lane as its reader follows it: it has one block of a track at a time, and only moves forward."""
+    lanes: Int64Array
+    """Names the lane for ``lane()``; differs from the track where a track goes from one epoch into the next."""
+    offsets: Int64Array
+    """Of the row in its lane."""
+
+
+class Lane(NamedTuple):
+    """One lane of one epoch of one dataset."""
+
+    source: int
+    """Which dataset of a mixture; 0 where there is only one."""
+    order: EpochOrder
+    number: int
+
+
 class EpochOrder:
     """The order of one epoch.
 
@@ -158,22 +180,26 @@ class EpochOrder:
         rows: Rows of each shard, int64 ``(num_shards,)``, in the order of the index.
         settings: What shapes the order.
         epoch: From 0.
+        shards: The numbers of the shards in the index, int64 ``(num_shards,)``; None: 0, 1, 2, …
 
     Raises:
         OptionInvalid: More lanes than samples.
     """
 
-    def __init__(self, rows: Int64Array, settings: OrderSettings, epoch: int) -> None:
+    def __init__(
+        self, rows: Int64Array, settings: OrderSettings, epoch: int, *, shards: Int64Array | None = None
+    ) -> None:
         self.settings = settings
         self.epoch = epoch
         num_shards = len(rows)
-        self._tape_shards: Int64Array = (
+        self._tape: Int64Array = (
             keyed_permutation(num_shards, seed=settings.seed, epoch=epoch, draw=Draw.SHARDS)
             if settings.shuffle
             else np.arange(num_shards, dtype=np.int64)
         )
+        self._tape_shards = self._tape if shards is None else shards[self._tape]
         self._borders = np.zeros(num_shards + 1, dtype=np.int64)
-        np.cumsum(rows[self._tape_shards], out=self._borders[1:])
+        np.cumsum(rows[self._tape], out=self._borders[1:])
         self.num_samples = int(self._borders[-1])
         lanes, chunk = settings.lanes, settings.chunk
         if lanes > max(self.num_samples, 1):
@@ -204,6 +230,15 @@ class EpochOrder:
             tail_start = lane[in_tail] * self._tail // lanes
             offset[in_tail] = self._rounds * chunk + tail - tail_start
         return lane, offset
+
+    def places(self, positions: Int64Array) -> Places:
+        """Return where each position leads; each lane is a track."""
+        lanes, offsets = self.locate(positions)
+        return Places(lanes, lanes, offsets)
+
+    def lane(self, track: int, number: int) -> Lane:  # noqa: ARG002 -- a mixture needs the track
+        """Return the lane that ``places`` named."""
+        return Lane(0, self, number)
 
     def lane_interval(self, lane: int) -> tuple[int, int]:
         """Return the tape rows ``[start, stop)`` of *lane*."""
@@ -257,7 +292,7 @@ class EpochOrder:
 
         Args:
             lane: Which lane.
-            raw_bytes: Uncompressed bytes of each shard, int64 ``(num_shards,)``, in the order of the index.
+            raw_bytes: Bytes of each shard, int64 ``(num_shards,)``, in the order of ``rows``.
         """
         start, stop = self.lane_interval(lane)
         first = int(self._borders.searchsorted(start, "right")) - 1
@@ -272,7 +307,7 @@ class EpochOrder:
         )
         begins = np.diff(cuts, prepend=-1) > 0  # a block begins at a border where another cut has become due
         edges = np.unique(np.append(start + offsets[begins], stop))
-        sizes = np.concatenate([[0], np.cumsum(raw_bytes[self._tape_shards[first:last]])])
+        sizes = np.concatenate([[0], np.cumsum(raw_bytes[self._tape[first:last]])])
         tops = sizes[borders.searchsorted(edges[1:], "left")]
         return int((tops - sizes[borders.searchsorted(edges[:-1], "right") - 1]).max(initial=0))
 

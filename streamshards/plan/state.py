@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import asdict, dataclass, replace
+import json
+from collections.abc import Iterator, Mapping
+from dataclasses import asdict, dataclass, field, replace
 from typing import Any, Final
 
 from streamshards.errors import OptionInvalid, ResumeMismatch
@@ -14,6 +15,9 @@ STATE_VERSION: Final = 1
 
 _MAX_INTEGER: Final = 2**63 - 1
 _INTEGERS: Final = ("version", "epoch", "position", "num_samples", "seed", "lanes", "chunk", "shuffle_block")
+_IDENTITY: Final = ("kind", "fingerprint", "num_shards", "subset", "stop", "weights", "sources")
+"""Keys that name what is read; others, which a checkpointer may have added, are left alone."""
+_MAX_IDENTITY_BYTES: Final = 1 << 16
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -24,8 +28,9 @@ class State:
     position: int
     """Samples of the epoch's global order that have been received, over all ranks."""
     num_samples: int
-    fingerprint: str
-    """Names the dataset's content."""
+    """Of the epoch."""
+    identity: Mapping[str, Any] = field(hash=False)
+    """Names what is read, as JSON values: the dataset's ``"fingerprint"``, and what else a resume must find again."""
     order: OrderSettings
     worker_batches: int = 0
     """Only in the state of a single DataLoader worker: batches it delivered from *position* on."""
@@ -33,13 +38,13 @@ class State:
     """Only in the state of a single DataLoader worker: how many there were."""
 
     def to_dict(self) -> dict[str, Any]:
-        """Return a fresh flat dict of JSON values, under 1 KiB as JSON."""
+        """Return a fresh dict of JSON values: flat and under 1 KiB, but for a mixture, which has a dict per source."""
         return {
             "version": STATE_VERSION,
             "epoch": self.epoch,
             "position": self.position,
             "num_samples": self.num_samples,
-            "fingerprint": self.fingerprint,
+            **json.loads(json.dumps(self.identity)),  # a fresh one: nobody's changes to it reach us
             **asdict(self.order),
             **({"worker_batches": self.worker_batches, "num_workers": self.num_workers} if self.worker_batches else {}),
         }
@@ -70,6 +75,13 @@ class State:
         for name, kind in (("fingerprint", str), ("shuffle", bool)):
             if not isinstance(state[name], kind):
                 raise ResumeMismatch(f"the state's {name} is {state[name]!r}, not a {kind.__name__}")
+        identity = {name: state[name] for name in _IDENTITY if name in state}
+        try:
+            size = len(json.dumps(identity))
+        except (TypeError, ValueError, RecursionError) as error:
+            raise ResumeMismatch(f"the state holds what JSON cannot: {error}") from error
+        if size > _MAX_IDENTITY_BYTES:
+            raise ResumeMismatch(f"the state has {size:,} bytes besides its place; that is none of ours")
         if version != STATE_VERSION:
             raise ResumeMismatch(f"the state has version {version!r}; only version {STATE_VERSION} exists")
         if state["position"] > state["num_samples"]:
@@ -90,7 +102,7 @@ class State:
             epoch=state["epoch"],
             position=state["position"],
             num_samples=state["num_samples"],
-            fingerprint=state["fingerprint"],
+            identity=identity,
             order=order,
             worker_batches=numbers["worker_batches"],
             num_workers=numbers["num_workers"],
@@ -124,24 +136,56 @@ class State:
                 "use as many, or take states from StreamingDataLoader: those load on any number"
             )
 
-    def require_match(self, *, url: str, fingerprint: str, num_samples: int, seed: int, shuffle: bool) -> None:
-        """Check that this state belongs to the dataset that is open.
+    def differences(self, ours: State) -> dict[str, tuple[Any, Any]]:
+        """Return what *ours*, a state of what is open here, has otherwise: name → (here, in the state).
 
-        Raises:
-            ResumeMismatch: It does not; the message lists each difference.
+        Only what must be equal for a resume to be exact: not the place, and not the order's shape, which the state
+        brings with it.
         """
-        differences = [
-            f"{name} is {ours!r} here and {theirs!r} in the state"
-            for name, ours, theirs in (
-                ("num_samples", num_samples, self.num_samples),
-                ("fingerprint", fingerprint, self.fingerprint),
-                ("seed", seed, self.order.seed),
-                ("shuffle", shuffle, self.order.shuffle),
+        return dict(
+            _differences(
+                {
+                    "num_samples": ours.num_samples,
+                    **ours.identity,
+                    "seed": ours.order.seed,
+                    "shuffle": ours.order.shuffle,
+                },
+                {
+                    "num_samples": self.num_samples,
+                    **self.identity,
+                    "seed": self.order.seed,
+                    "shuffle": self.order.shuffle,
+                },
             )
-            if ours != theirs
-        ]
-        if differences:
-            raise ResumeMismatch(
-                f"{url}: the state is of another dataset or order: {'; '.join(differences)}. "
-                "Open the dataset as it was then (nothing appended), with the same seed and shuffle"
-            )
+        )
+
+    @property
+    def is_between_epochs(self) -> bool:
+        """Whether nothing of its epoch has been received, or everything."""
+        return not self.worker_batches and self.position in (0, self.num_samples)
+
+
+def _differences(
+    ours: Mapping[str, Any], theirs: Mapping[str, Any], prefix: str = ""
+) -> Iterator[tuple[str, tuple[Any, Any]]]:
+    for name in (*ours, *(name for name in theirs if name not in ours)):
+        here, there = ours.get(name), theirs.get(name)
+        if isinstance(here, Mapping) and isinstance(there, Mapping):
+            yield from _differences(here, there, f"{prefix}{name}.")
+        elif here != there:
+            yield prefix + name, (here, there)
+
+
+def mismatch(url: str, differences: Mapping[str, tuple[Any, Any]], advice: str) -> ResumeMismatch:
+    """Return the error that lists all *differences* (name → here, in the state) and says what to do."""
+    words = "; ".join(
+        f"{name} is {_word(here)} here and {_word(there)} in the state" for name, (here, there) in differences.items()
+    )
+    return ResumeMismatch(f"{url}: the state is of another dataset or order: {words}. {advice}")
+
+
+def _word(value: Any) -> str:
+    if value is None:
+        return "missing"
+    text = repr(value)
+    return text if len(text) <= 120 else f"{text[:120]}…"

@@ -16,14 +16,16 @@ import torch
 
 from streamshards.clock import Clock
 from streamshards.engine.fetch import Fetcher
-from streamshards.engine.loading import BlockLoader, LossPolicy
+from streamshards.engine.loading import BlockLoader
 from streamshards.engine.prefetch import BatchStream
+from streamshards.engine.source import LossPolicy, Source
 from streamshards.events import COUNTERS, Counters, Event, FetchRetried, ShardSkipped, emit, summarize
 from streamshards.options import RetryOptions
 from streamshards.plan.assignment import Assignment
 from streamshards.plan.index import Index
 from streamshards.plan.order import EpochOrder, OrderSettings
 from streamshards.plan.schedule import schedule
+from streamshards.plan.subset import Subset
 from streamshards.plan.topology import Topology
 from streamshards.shard.columns import Columns, RowBuffer
 from streamshards.shard.payload import encode
@@ -219,13 +221,18 @@ class Rig:
             emit=self.emit,
         )
 
+    def source(self) -> Source:
+        return Source(
+            index=self.index,
+            subset=Subset(self.index.rows),
+            schema=self.schema or self.dataset_schema,
+            fetcher=self.fetcher(),
+            policy=self.policy,
+        )
+
     def loader(self) -> BlockLoader:
         return BlockLoader(
-            self.order(),
-            self.index,
-            self.schema or self.dataset_schema,
-            self.fetcher(),
-            policy=self.policy,
+            [self.source()],
             threads=self.threads,
             cores=self.cores,
             budget_bytes=self.budget_bytes,
@@ -240,6 +247,7 @@ class Rig:
             schedule(self.order(), self.assignment(), skip=self.skip),
             loader or self.loader(),
             self.schema or self.dataset_schema,
+            num_samples=self.index.num_samples,
             convert=self.convert,
             ready_batches=self.ready_batches,
             ready_bytes=self.ready_bytes,

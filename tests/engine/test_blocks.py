@@ -17,6 +17,7 @@ from streamshards.engine.blocks import (
     BlockBuffers,
     LoadedBlock,
     OpenPiece,
+    Span,
     draw_refill,
     finish,
     open_piece,
@@ -27,7 +28,7 @@ from streamshards.errors import ShardCorrupt, ShardMissing
 from streamshards.plan.order import Block, Draw, EpochOrder, OrderSettings, Piece, philox_words
 from streamshards.shard.columns import to_samples
 from streamshards.shard.payload import FramedShard, encode
-from streamshards.shard.reader import BaseReader, LoadedShard
+from streamshards.shard.reader import BaseReader, LoadedShard, ShardReader
 from streamshards.shard.schema import Part, Schema
 from tests.engine.rig import columns_of, sample
 from tests.shard.shard_cases import mixed_samples, random_tensor, same
@@ -51,6 +52,10 @@ def merged(readers: Sequence[BaseReader]) -> Schema:
     return schema
 
 
+def open_at(piece: Piece, reader: ShardReader, schema: Schema) -> OpenPiece:
+    return open_piece(piece, Span(piece.lo, piece.hi), reader, schema)
+
+
 def filled(schema: Schema, opened: Sequence[OpenPiece]) -> BlockBuffers:
     buffers = BlockBuffers(schema, opened)
     for number in reversed(range(len(opened))):
@@ -71,7 +76,7 @@ def test_pieces_lie_side_by_side(is_framed: bool) -> None:
     for lo, hi in spans:
         for first, last in spans:
             pieces = [Piece(0, lo, hi), Piece(1, first, last), Piece(0, 0, 4)]
-            opened = [open_piece(piece, readers[piece.shard], schema) for piece in pieces]
+            opened = [open_at(piece, readers[piece.shard], schema) for piece in pieces]
             got = to_samples(filled(schema, opened).columns)
             assert same(got, one[lo:hi] + two[first:last] + one)
 
@@ -88,7 +93,7 @@ def test_shards_below_the_datasets_schema() -> None:
     schema = merged(readers)
     assert [field.describe() for field in schema.fields] == ["optional float32 (*, *)", "optional str", "optional int"]
     pieces = [Piece(shard, 1, 3) for shard in (3, 0, 2, 1, 3)]
-    opened = [open_piece(piece, readers[piece.shard], schema) for piece in pieces]
+    opened = [open_at(piece, readers[piece.shard], schema) for piece in pieces]
     got = to_samples(filled(schema, opened).columns)
     assert same(got, [row for piece in pieces for row in groups[piece.shard][1:3]])
 
@@ -97,7 +102,7 @@ def test_only_the_selected_fields_are_read() -> None:
     """A schema of some columns allocates and decodes those alone."""
     reader = reader_of(mixed_samples())
     schema = reader.schema.select(["tokens", "meta.id"])
-    buffers = filled(schema, [open_piece(Piece(0, 1, 4), reader, schema)])
+    buffers = filled(schema, [open_at(Piece(0, 1, 4), reader, schema)])
     assert set(buffers.columns.data) == {("tokens",), ("meta", "id")}
     assert [list(row) for row in to_samples(buffers.columns)] == [["tokens", "meta"]] * 3
 
@@ -108,7 +113,7 @@ def test_a_shard_without_a_field_is_corrupt() -> None:
     for other in ({"b": 1}, {"a": "text"}):
         schema = columns_of([other]).schema
         with pytest.raises(ShardCorrupt):
-            filled(schema, [open_piece(Piece(0, 0, 1), reader, schema)])
+            filled(schema, [open_at(Piece(0, 0, 1), reader, schema)])
 
 
 # -- lost rows ---------------------------------------------------------------------------------------------------------
@@ -163,9 +168,9 @@ class Assembled:
         opened = []
         for piece in self.block.pieces:
             reader = Spoiled(readers[piece.shard]) if piece.shard in unfilled else readers[piece.shard]
-            opened.append(open_piece(piece, reader, schema))
+            opened.append(open_at(piece, reader, schema))
             if piece.shard in unopened:
-                opened[-1] = OpenPiece(piece, None)
+                opened[-1] = OpenPiece(piece, Span(piece.lo, piece.hi), None)
                 opened[-1].lose(ShardMissing("gone"))
         self.buffers = BlockBuffers(schema, opened)
         for number, one in enumerate(opened):

@@ -17,8 +17,9 @@ from hypothesis import strategies as st
 
 from streamshards.engine import loading
 from streamshards.engine.blocks import BlockBuffers, loaded_sizes
-from streamshards.engine.loading import BlockLoader, LossPolicy
+from streamshards.engine.loading import BlockLoader
 from streamshards.engine.retry import Cancelled
+from streamshards.engine.source import LossPolicy
 from streamshards.errors import AccessDenied, ShardCorrupt, ShardMissing, StoreUnavailable, TooManyCorrupt
 from streamshards.plan import schedule as schedule_module
 from streamshards.plan.index import Index

@@ -212,6 +212,7 @@ def test_an_error_in_the_plan_arrives_too() -> None:
         broken(),
         rig.loader(),
         rig.dataset_schema,
+        num_samples=8,
         convert=lambda columns: columns,
         ready_batches=1,
         ready_bytes=1 << 40,
@@ -291,7 +292,7 @@ def test_close_ends_everything(stage: str, closer: str, monkeypatch: pytest.Monk
         watched_stop(stream)
     if stage != "gather":
         join_all([stream._thread])  # it does not wait for what the others are in
-    store: Any = stream._loader._fetcher._store
+    store: Any = stream._loader._sources[0].fetcher._store
     num_gets = len(store.gets)
     gate.opened.set()
     watched(lambda: join_all(threads_of(stream)))

@@ -115,7 +115,7 @@ def gathered(order: EpochOrder, step: Step) -> list[tuple[int, int]]:
         places = order.permutation(block)[segment.first : segment.first + segment.num_rows]
         assert len(places) == segment.num_rows > 0
         out += [stored[place] for place in places]
-    return out
+    return out if step.reordering is None else [out[row] for row in step.reordering]
 
 
 def check_visits(steps: Iterator[Step]) -> None:

@@ -14,13 +14,13 @@ from hypothesis import strategies as st
 from streamshards.errors import ResumeMismatch
 from streamshards.plan.assignment import Assignment
 from streamshards.plan.order import OrderSettings
-from streamshards.plan.state import STATE_VERSION, State
+from streamshards.plan.state import STATE_VERSION, State, mismatch
 from streamshards.plan.topology import Topology
 
 LARGEST = 2**63 - 1
 
 ORDER = OrderSettings(shuffle=True, seed=17, lanes=8, chunk=32, shuffle_block=4096)
-STATE = State(epoch=3, position=512, num_samples=10_000, fingerprint="ab" * 16, order=ORDER)
+STATE = State(epoch=3, position=512, num_samples=10_000, identity={"fingerprint": "ab" * 16}, order=ORDER)
 
 numbers = st.integers(0, LARGEST)
 positive = st.integers(1, LARGEST)
@@ -33,7 +33,7 @@ def states(draw: st.DrawFn) -> State:
         epoch=draw(numbers),
         position=draw(st.integers(0, num_samples)),
         num_samples=num_samples,
-        fingerprint=draw(st.text("0123456789abcdef", min_size=32, max_size=32)),
+        identity={"fingerprint": draw(st.text("0123456789abcdef", min_size=32, max_size=32))},
         order=OrderSettings(
             shuffle=draw(st.booleans()),
             seed=draw(numbers),
@@ -179,7 +179,7 @@ def test_any_value_may_be_anything(changes: dict[str, Any]) -> None:
         state = State.from_dict(plain)
     except ResumeMismatch:
         return
-    assert {**asdict(state), **asdict(state.order), "version": 1}.items() >= plain.items()
+    assert {**asdict(state), **state.identity, **asdict(state.order), "version": 1}.items() >= plain.items()
 
 
 # -- does it belong here? ------------------------------------------------------------------------------------------
@@ -188,21 +188,52 @@ HERE: dict[str, Any] = {"fingerprint": "ab" * 16, "num_samples": 10_000, "seed":
 OTHER: dict[str, Any] = {"fingerprint": "cd" * 16, "num_samples": 9_999, "seed": 18, "shuffle": False}
 
 
+def here(**changes: Any) -> State:
+    """Return a state of what is open, with *changes*."""
+    found = {**HERE, **changes}
+    return State(
+        epoch=0,
+        position=0,
+        num_samples=found["num_samples"],
+        identity={"fingerprint": found["fingerprint"]},
+        order=replace(ORDER, seed=found["seed"], shuffle=found["shuffle"], lanes=2),
+    )
+
+
 def test_a_state_matches_its_own_dataset() -> None:
-    """The same dataset, seed and shuffle are a match."""
-    STATE.require_match(url="file:///data", **HERE)
+    """The same dataset, seed and shuffle are a match, wherever the state stands and whatever the order's shape."""
+    assert STATE.differences(here()) == {}
 
 
 def test_each_difference_is_listed_and_no_other() -> None:
     """For every combination of differences, the message lists exactly those, with both values, and names the url."""
     for chosen in range(1, 16):
         differing = [name for bit, name in enumerate(HERE) if chosen >> bit & 1]
-        here = {name: OTHER[name] if name in differing else HERE[name] for name in HERE}
-        with pytest.raises(ResumeMismatch, match="file:///data: ") as caught:
-            STATE.require_match(url="file:///data", **here)
+        found = STATE.differences(here(**{name: OTHER[name] for name in differing}))
+        assert sorted(found) == sorted(differing)
+        error = mismatch("file:///data", found, "Do this.")
+        assert isinstance(error, ResumeMismatch)
+        assert str(error).startswith("file:///data: ")
+        assert str(error).endswith(". Do this.")
         for name in HERE:
             difference = f"{name} is {OTHER[name]!r} here and {HERE[name]!r} in the state"
-            assert (difference in str(caught.value)) == (name in differing)
+            assert (difference in str(error)) == (name in differing)
+
+
+def test_differences_are_found_in_depth() -> None:
+    """What is missing on either side, and what differs inside a dict, is named by its path."""
+    ours = replace(here(), identity={"fingerprint": "x", "sources": {"web": {"n": 1}, "code": {"n": 2}}})
+    theirs = replace(ours, identity={"fingerprint": "x", "sources": {"web": {"n": 3}}, "kind": "mixture"})
+    found = theirs.differences(ours)
+    assert found == {"sources.web.n": (1, 3), "sources.code": ({"n": 2}, None), "kind": (None, "mixture")}
+    assert "kind is missing here and 'mixture' in the state" in str(mismatch("u", found, ""))
+
+
+@given(states())
+def test_between_epochs(state: State) -> None:
+    """A state lies between two epochs when nothing of its own has been received, or all."""
+    expected = state.position in (0, state.num_samples) and not state.worker_batches
+    assert state.is_between_epochs == expected
 
 
 # -- going on ------------------------------------------------------------------------------------------------------

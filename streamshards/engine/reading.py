@@ -1,0 +1,125 @@
+"""One reader: how much it may hold and how far it runs ahead, and the parts it consists of, wired together."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any, Final
+
+from streamshards.clock import Clock
+from streamshards.engine.labels import Labels
+from streamshards.engine.loading import BlockLoader
+from streamshards.engine.prefetch import BatchStream
+from streamshards.engine.source import Source
+from streamshards.errors import OptionInvalid
+from streamshards.events import Counters, Event
+from streamshards.options import MiB, PrefetchOptions
+from streamshards.plan.assignment import Assignment
+from streamshards.plan.schedule import SampleOrder, schedule, tracks_read
+from streamshards.shard.columns import Columns
+from streamshards.shard.schema import Schema
+
+_SAMPLES_PER_STEP: Final = 1024
+"""Samples gathered at once when there is no batch size; the fixed cost of a step is then under 0.1 µs a sample."""
+_STEP_BYTES: Final = 4 * MiB
+"""Fewer of them when they are large."""
+_READY_SHARE: Final = 4
+"""Ready batches may take a quarter of ``memory_bytes``; blocks get the rest."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Reading:
+    """What one reader of one epoch reads, and with what.
+
+    Raises nothing itself; :meth:`open` starts threads.
+    """
+
+    order: SampleOrder
+    assignment: Assignment
+    period: int
+    """Positions after which the order comes back to the same lane."""
+    sources: Sequence[Source]
+    schema: Schema
+    """The fields of a batch: those of all sources."""
+    labels: Labels
+    skip: int
+    """Batches of this reader to leave out at the start."""
+    in_samples: bool
+    """Whether single samples are handed out: many are then gathered at once."""
+    prefetch: PrefetchOptions
+    cores: int
+    """How many this reader may use."""
+    url: str
+    cancelled: threading.Event
+    clock: Clock
+    counters: Counters
+    emit: Callable[[Event], None]
+
+    def open(self, convert: Callable[[Columns], Any]) -> BatchStream[Any]:
+        """Return the stream of this reader's batches; its threads are running.
+
+        Args:
+            convert: Turns gathered columns into what the stream yields.
+
+        Raises:
+            OptionInvalid: One block of each lane that this reader interleaves does not fit into memory.
+        """
+        per_step = max(1, min(_SAMPLES_PER_STEP, _STEP_BYTES // self._row_bytes)) if self.in_samples else 1
+        step_bytes = self._row_bytes * self.assignment.batch_size * per_step
+        ready = max(1, min(self.prefetch.ready_batches, self._memory_bytes // _READY_SHARE // step_bytes))
+        loader = BlockLoader(
+            self.sources,
+            labels=self.labels,
+            threads=self.prefetch.threads or min(8, max(2, 2 * self.cores)),
+            cores=self.cores,
+            budget_bytes=self._block_budget((ready + 1) * step_bytes),
+            cancelled=self.cancelled,
+            clock=self.clock,
+            counters=self.counters,
+            emit=self.emit,
+        )
+        return BatchStream(
+            schedule(self.order, self.assignment, skip=self.skip, per_step=per_step),
+            loader,
+            Schema((*self.schema.fields, *self.labels.block_fields), self.schema.empty),
+            labels=self.labels,
+            num_samples=self.assignment.num_samples,
+            convert=convert,
+            ready_batches=ready,
+            ready_bytes=ready * step_bytes,
+            slow_s=self.prefetch.slow_s,
+            url=self.url,
+            clock=self.clock,
+            counters=self.counters,
+            emit=self.emit,
+        )
+
+    @property
+    def _memory_bytes(self) -> int:
+        return int(self.prefetch.memory_bytes)
+
+    @property
+    def _row_bytes(self) -> int:
+        """A row's mean size, of the source whose rows are largest."""
+        return max(1, *(int(s.index.raw_sizes.sum()) // max(1, s.index.num_samples) for s in self.sources))
+
+    def _block_budget(self, reserved_bytes: int) -> int:
+        """Return the bytes that blocks may take.
+
+        Raises:
+            OptionInvalid: One block of each lane that this reader interleaves does not fit.
+        """
+        memory_bytes = self._memory_bytes
+        tracks = tracks_read(self.order, self.assignment, period=self.period)
+        needed = reserved_bytes
+        for track, number in tracks:
+            lane = self.order.lane(track, number)
+            needed += lane.order.max_block_bytes(lane.number, self.sources[lane.source].part_bytes)
+        if needed > memory_bytes:
+            raise OptionInvalid(
+                f"{self.url}: this order interleaves {len(tracks)} lanes here, and a block of each needs "
+                f"{needed / MiB:,.0f} MiB at once; PrefetchOptions.memory_bytes is {memory_bytes / MiB:,.0f} MiB. "
+                f'Set memory_bytes="{-(-needed // MiB)}MiB", or use fewer lanes, a smaller shuffle_block or batch_size'
+            )
+        return memory_bytes - reserved_bytes
