@@ -29,7 +29,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import dataclass
 from enum import IntEnum
-from typing import TypeAlias
+from typing import NamedTuple, TypeAlias
 
 import numpy as np
 import numpy.typing as npt
@@ -53,6 +53,7 @@ class Draw(IntEnum):
     SHARDS = 0
     BLOCK = 1
     REFILL = 2
+    MIXTURE = 3
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -149,6 +150,25 @@ class Block:
     def key(self) -> tuple[int, int]:
         """Names the block within its epoch."""
         return (self.lane, self.number)
+
+
+class Places(NamedTuple):
+    """Where positions lie, int64 ``(n,)`` each. A reader follows few tracks, and moves forward along each."""
+
+    tracks: Int64Array
+    """Which lane of the order; in a mixture, of which source."""
+    lanes: Int64Array
+    """Which lane of which epoch of the track's data; never falls along a track."""
+    offsets: Int64Array
+    """The row's offset in that lane."""
+
+
+class Lane(NamedTuple):
+    """A lane of an epoch of a source: what a track and a number of ``Places.lanes`` stand for."""
+
+    source: int
+    order: EpochOrder
+    lane: int
 
 
 class EpochOrder:
