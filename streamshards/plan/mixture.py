@@ -445,10 +445,13 @@ class _Stream:
 
     def _uses_before_phase(self, lane: int, phase: int) -> Int64Array:
         """Return how often *lane* uses each source before *phase*: int64 ``(S,)``."""
-        known = self._uses_by_lane.setdefault(lane, [np.zeros(self.num_sources, dtype=np.int64)])
-        while len(known) <= phase:
-            last = len(known) - 1
-            known.append(known[-1] + self._uses_in_phase(lane, last, self._starts[last + 1] - self._starts[last]))
+        known = self._uses_by_lane.get(lane, [np.zeros(self.num_sources, dtype=np.int64)])
+        if len(known) <= phase:
+            known = known.copy()  # another thread may read the old list, or extend it too
+            for last in range(len(known) - 1, phase):
+                length = self._starts[last + 1] - self._starts[last]
+                known.append(known[-1] + self._uses_in_phase(lane, last, length))
+            self._uses_by_lane[lane] = known
         return known[phase]
 
     def _uses_of_source_before_phase(self, lanes: Int64Array, source: int, phase: int) -> Int64Array:

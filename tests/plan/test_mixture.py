@@ -71,6 +71,7 @@ def make(
 
 def large(phases: Sequence[Phase], **changes: Any) -> MixtureOrder:
     """Return a mixture of sources of 10⁶ samples each."""
+    changes = {"num_samples": 10**6, **changes}
     return make([[1000] * 1000] * len(phases[0].weights), phases, **changes)
 
 
@@ -217,6 +218,16 @@ def test_the_share_holds_wherever_the_stream_has_come_to() -> None:
             deviations = [abs(c - block * M * w) for c, w in zip(counts, phases[0].weights, strict=True)]
             assert max(deviations) <= 1 + math.log2(block) / 3
             assert sum(counts) == block * M
+
+
+def test_the_first_source_is_ahead_never_behind() -> None:
+    """The error of counting a radical inverse below a is in [0, 1 + log₂(Q)/3], for every Q up to 700 and a = k/41."""
+    for k in range(41):
+        share = Fraction(k, 41)
+        order = large((Phase(0, (share / M, 1 - share / M)),))
+        for block in range(1, 700):
+            error = int(order.counts(block * M)[0]) - block * share
+            assert 0 <= error <= 1 + math.log2(block) / 3
 
 
 def test_counts_of_a_block_do_not_depend_on_the_lane() -> None:
@@ -564,7 +575,7 @@ def test_a_seek_touches_nothing_large() -> None:
 def test_an_order_says_what_it_is() -> None:
     """The repr names the pass, its size, and what shapes it."""
     assert repr(large(WEIGHTS["phases"], epoch=4, lanes=2, chunk=3)) == (
-        "MixtureOrder(epoch=4, samples=100,000, sources=2, phases=4, seed=3, lanes=2, chunk=3)"
+        "MixtureOrder(epoch=4, samples=1,000,000, sources=2, phases=4, seed=3, lanes=2, chunk=3)"
     )
 
 
