@@ -279,7 +279,7 @@ class _Shares:
         for j in reversed(range(bits)):
             if num_blocks >> j & 1:  # the run: 2**j numbers, their u at first/2**bits + t/2**j
                 room = ((part << bits) - first * self._unit) << j
-                found += max(0, -(-room // (self._unit << bits)))
+                found += -(-room // (self._unit << bits))  # never below 0: the lattice begins below its spacing
                 first += 1 << (bits - 1 - j)
         return found
 
