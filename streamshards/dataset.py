@@ -271,7 +271,7 @@ class StreamingDataset(EpochDataset):
         subset = {"subset": self._subset.name} if self._subset.cuts else {}
         return {"fingerprint": index.fingerprint, "num_shards": index.num_shards, **subset}
 
-    def _num_samples_of(self, start: Start) -> int:
+    def _num_samples_of(self, start: Start, topology: Topology) -> int:  # noqa: ARG002 -- a mixture needs it
         return self._view(start).subset.num_samples
 
     def _start_of_other(self, loaded: State, differences: Mapping[str, Any]) -> Start | None:

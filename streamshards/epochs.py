@@ -6,6 +6,7 @@ import os
 import weakref
 from abc import abstractmethod
 from collections.abc import Callable, Iterator, Mapping
+from dataclasses import replace
 from functools import partial
 from typing import Any
 
@@ -124,8 +125,8 @@ class EpochDataset(IterableDataset[Any]):
         """Return what a state must say for a resume from *start* to be exact, besides seed and shuffle."""
 
     @abstractmethod
-    def _num_samples_of(self, start: Start) -> int:
-        """Return the samples of the epoch that begins at *start*."""
+    def _num_samples_of(self, start: Start, topology: Topology) -> int:
+        """Return the samples of the epoch that begins at *start*; *topology* shapes the order if *start* does not."""
 
     @abstractmethod
     def _first_order(self, start: Start, topology: Topology) -> OrderSettings:
@@ -176,7 +177,7 @@ class EpochDataset(IterableDataset[Any]):
                 process does not know how far they are.
         """
         if self._progress is not None:
-            return self._progress.state().to_dict()
+            return self._named(self._progress.state()).to_dict()
         if self._followed_generation == self._start.generation:
             raise StreamShardsError(
                 f"{self.url}: a StreamingDataLoader iterates this dataset and knows its place; ask loader.state_dict()"
@@ -247,7 +248,8 @@ class EpochDataset(IterableDataset[Any]):
             num_workers = 1 if worker is None else worker[1]
         loaded.require_workers(num_workers)
         here = Start(loaded.epoch, loaded.position, loaded.worker_batches, loaded.order)
-        differences = loaded.differences(self._state(Start(0, 0, 0, None), Topology()))
+        ours = replace(loaded.order, seed=self.seed, shuffle=self.shuffle)
+        differences = loaded.differences(self._state(Start(loaded.epoch, loaded.position, 0, ours), Topology()))
         if not differences:
             return here
         advice = "Open the dataset as it was then, with the same seed and shuffle"
@@ -265,6 +267,10 @@ class EpochDataset(IterableDataset[Any]):
             advice = "Shards have been appended since: strict=False ends the state's epoch without them"
         raise mismatch(self.url, differences, advice)
 
+    def _named(self, state: State) -> State:
+        """Return *state*, which came from an earlier one, with the identity that belongs to its own place."""
+        return state
+
     def _settings(self, start: Start, topology: Topology) -> OrderSettings:
         """Return the order that *start* asks for, or that a first start on *topology* has."""
         return start.order or self._first_order(start, topology)
@@ -273,7 +279,7 @@ class EpochDataset(IterableDataset[Any]):
         return State(
             epoch=start.epoch,
             position=start.position,
-            num_samples=self._num_samples_of(start),
+            num_samples=self._num_samples_of(start, topology),
             identity=self._identity(start),
             order=self._settings(start, topology),
             worker_batches=start.batches,
@@ -282,7 +288,7 @@ class EpochDataset(IterableDataset[Any]):
 
     def _assignment(self, topology: Topology, start: Start) -> Assignment:
         return Assignment(
-            num_samples=self._num_samples_of(start),
+            num_samples=self._num_samples_of(start, topology),
             start=start.position,
             batch_size=self.batch_size or 1,
             topology=topology,

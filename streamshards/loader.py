@@ -55,10 +55,11 @@ class StreamingDataLoader(DataLoader[Any]):
     def __iter__(self) -> Iterator[Any]:  # type: ignore[override]  # torch names its own private iterator class
         start = self._upcoming()
         topology = self._topology()
-        state = self._streaming._state(start, topology.with_worker(0, max(1, self.num_workers)))
+        state = self._streaming._state(start, self._first_topology())
+        start = start._replace(order=state.order)
         self._streaming._follow()
         self._seen_generation = self._streaming._start.generation
-        self._view.begin(start._replace(order=state.order), topology)
+        self._view.begin(start, topology)
         batches = super().__iter__()
         self._next = Start(start.epoch + 1, 0, 0, state.order)
         self._latest = state
@@ -71,7 +72,9 @@ class StreamingDataLoader(DataLoader[Any]):
         iterator = None if self._current is None else self._current()
         if iterator is not None and not iterator.is_over:
             return iterator.assignment.rank_batches
-        return self._streaming._assignment(self._topology(), self._upcoming()).rank_batches
+        start, topology = self._upcoming(), self._topology()
+        start = start._replace(order=self._streaming._settings(start, self._first_topology()))
+        return self._streaming._assignment(topology, start).rank_batches
 
     def state_dict(self) -> dict[str, Any]:
         """Return the place after the last batch that this loader handed out, as a small flat dict of JSON values.
@@ -80,8 +83,8 @@ class StreamingDataLoader(DataLoader[Any]):
         """
         upcoming = self._upcoming()
         if self._latest is not None:
-            return self._latest.to_dict()
-        return self._streaming._state(upcoming, self._topology().with_worker(0, max(1, self.num_workers))).to_dict()
+            return self._streaming._named(self._latest).to_dict()
+        return self._streaming._state(upcoming, self._first_topology()).to_dict()
 
     def set_epoch(self, epoch: int) -> None:
         """Let the next iteration be *epoch*; the same as ``dataset.set_epoch``, also for its other loaders."""
@@ -119,6 +122,10 @@ class StreamingDataLoader(DataLoader[Any]):
 
     def _topology(self) -> Topology:
         return self._streaming._rank()
+
+    def _first_topology(self) -> Topology:
+        """Return what shapes the order of a first start: this rank and how many workers it has."""
+        return self._topology().with_worker(0, max(1, self.num_workers))
 
     def __repr__(self) -> str:
         return f"StreamingDataLoader({self._streaming!r}, num_workers={self.num_workers}, batches={len(self)})"

@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Final, Literal, cast, get_args
 
@@ -228,6 +228,35 @@ class Schema:
 
     def _paths(self) -> list[Path]:
         return [*(field.path for field in self.fields), *self.empty]
+
+
+def unite(schemas: Mapping[str, Schema]) -> Schema:
+    """Return the lowest schema that holds the samples of all *schemas* (by name): fields that one lacks are optional.
+
+    Raises:
+        OptionInvalid: A field's type differs; the text names the field and both schemas.
+    """
+    fields: dict[Path, Field] = {}
+    first_with: dict[Path, str] = {}
+    for name, schema in schemas.items():
+        for field in schema.fields:
+            known = fields.get(field.path, field)
+            try:
+                fields[field.path] = join(known, field)
+            except SampleInvalid as error:
+                raise OptionInvalid(
+                    f"{first_with[field.path]!r} and {name!r} cannot be mixed: {error}. Leave the field out with "
+                    "columns=[…], or store it in one type"
+                ) from error
+            first_with.setdefault(field.path, name)
+    everywhere = [path for path in fields if all(schema.field(path) for schema in schemas.values())]
+    united = [field if path in everywhere else replace(field, optional=True) for path, field in fields.items()]
+    empty = dict.fromkeys(path for schema in schemas.values() for path in schema.empty)
+    nodes = {path[:depth] for path in (*fields, *empty) for depth in range(1, len(path))}
+    for path in (*fields, *empty):
+        if path in nodes and path in fields:
+            raise OptionInvalid(f"{'.'.join(path)!r} is a value in {first_with[path]!r} and a dict in another source")
+    return Schema(tuple(united), tuple(path for path in empty if path not in nodes and path not in fields))
 
 
 def require_same_paths(expected: Iterable[Path], got: Iterable[Path]) -> None:

@@ -1,4 +1,4 @@
-"""Writes golden/order.json: literal orders, which must be the same on every machine and in every version, for ever.
+"""Writes golden/order.json and golden/mixture.json: literal orders, for every machine and every version, for ever.
 
     python tests/plan/make_golden.py
 
@@ -17,9 +17,11 @@ from typing import Any
 
 import numpy as np
 
+from streamshards.plan.mixture import MixtureOrder, MixtureSettings, Phase, SourceRows, parse_weights
 from streamshards.plan.order import Draw, EpochOrder, Int64Array, OrderSettings, keyed_permutation, philox_words
 
 GOLDEN = Path(__file__).parent / "golden" / "order.json"
+GOLDEN_MIXTURE = GOLDEN.with_name("mixture.json")
 
 _ROWS = [7, 0, 5, 9, 1, 6, 12]
 _BIG_SHARDS = 100_000
@@ -42,6 +44,32 @@ SMALL: dict[str, tuple[OrderSettings, int]] = {
 BIG = OrderSettings(shuffle=True, seed=42, lanes=64, chunk=256, shuffle_block=100_000)
 
 WORDS = {"seed": 1, "epoch": 2, "draw": Draw.BLOCK, "lane": 3, "block": 4}
+
+
+MIXTURE_SOURCES = (
+    SourceRows("web", np.array([400, 0, 650, 300], dtype=np.int64), True, 17, 256),
+    SourceRows("code", np.array([31, 7, 12], dtype=np.int64), False, 0, 16),
+    SourceRows("rare", np.array([2, 1], dtype=np.int64), True, 2**63 - 1, 1),
+)
+MIXTURE_WINDOW = 40
+_NAMES = [source.name for source in MIXTURE_SOURCES]
+_CONSTANT = parse_weights({"web": 0.7, "code": 0.29, "rare": 0.0103}, _NAMES)
+_CHANGING = parse_weights(
+    [
+        (0, {"web": 1, "code": 1, "rare": 1}),
+        (3_100, {"web": 5, "code": 0, "rare": 1}),
+        (9_000, {"web": 2, "code": 5, "rare": 0.01}),
+    ],
+    _NAMES,
+)
+MIXTURES: dict[str, tuple[tuple[Phase, ...], MixtureSettings]] = {
+    "one lane": (_CONSTANT, MixtureSettings(seed=0, lanes=1, chunk=1)),
+    "lanes in chunks": (_CONSTANT, MixtureSettings(seed=17, lanes=4, chunk=8)),
+    "more lanes than samples": (_CONSTANT, MixtureSettings(seed=17, lanes=64, chunk=1)),
+    "changing weights": (_CHANGING, MixtureSettings(seed=2**63 - 1, lanes=3, chunk=5)),
+}
+"""Phases and settings of each mixture."""
+_MIXTURE_STARTS = (0, 3_080, 8_990, 20_000)
 
 
 def big_rows() -> Int64Array:
@@ -84,5 +112,41 @@ def _rows_at(order: EpochOrder, first: int, count: int) -> str:
     return " ".join(f"{shard}:{row}" for shard, row in zip(shards.tolist(), rows.tolist(), strict=True))
 
 
+def mixture(name: str) -> MixtureOrder:
+    """Return one of MIXTURES."""
+    phases, settings = MIXTURES[name]
+    return MixtureOrder(MIXTURE_SOURCES, phases, settings, epoch=0, num_samples=10**15)
+
+
+def golden_mixture() -> dict[str, Any]:
+    """Return what the code at hand says about mixtures."""
+    return {
+        "about": "Literal orders as source:epoch:shard:row. Change them only on purpose: see make_golden.py.",
+        "sources": {s.name: {**_plain(s), "rows": " ".join(map(str, s.rows.tolist()))} for s in MIXTURE_SOURCES},
+        "cases": {name: _mixture(name) for name in MIXTURES},
+        "far": {name: {"from": 10**14, "order": _mixture_rows(mixture(name), 10**14, 20)} for name in MIXTURES},
+    }
+
+
+def _plain(source: SourceRows) -> dict[str, Any]:
+    return {"shuffle": source.shuffle, "seed": source.seed, "shuffle_block": source.shuffle_block}
+
+
+def _mixture(name: str) -> dict[str, Any]:
+    phases, settings = MIXTURES[name]
+    starts = {
+        str(start): [_mixture_rows(mixture(name), start + i, 10) for i in range(0, MIXTURE_WINDOW, 10)]
+        for start in _MIXTURE_STARTS
+    }
+    weights = {str(phase.from_sample): " ".join(map(str, phase.weights)) for phase in phases}
+    return {**asdict(settings), "weights": weights, "from": starts}
+
+
+def _mixture_rows(order: MixtureOrder, first: int, count: int) -> str:
+    columns = order.rows_at(np.arange(first, first + count, dtype=np.int64))
+    return " ".join(":".join(map(str, row)) for row in zip(*(column.tolist() for column in columns), strict=True))
+
+
 if __name__ == "__main__":
+    GOLDEN_MIXTURE.write_text(json.dumps(golden_mixture(), indent=1) + "\n", encoding="utf-8")
     GOLDEN.write_text(json.dumps(golden(), indent=1) + "\n", encoding="utf-8")
