@@ -22,6 +22,7 @@ Not elegant yet: which instants are hit depends on the machine's timing. The see
 from __future__ import annotations
 
 import argparse
+import contextlib
 import functools
 import itertools
 import json
@@ -278,7 +279,8 @@ class Processes:
         pid = self.ranks[rank].pid
         assert pid is not None  # it was started
         if self.ranks[rank].exitcode is None:
-            os.kill(pid, signal.SIGKILL)
+            with contextlib.suppress(ProcessLookupError):  # dead; the fork server has not told us yet
+                os.kill(pid, signal.SIGKILL)
 
     def end(self) -> int:
         """Return how many ranks left a process behind, once all had the time to go."""
