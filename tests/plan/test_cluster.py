@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import itertools
 import json
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from functools import cache
 from typing import Any, NamedTuple
@@ -242,7 +242,6 @@ class Figures:
 class Timeline:
     """What was delivered and will stay so, epoch by epoch; and what still waits for a checkpoint."""
 
-    num_epochs: int
     kept: dict[int, list[Int64Array]] = field(default_factory=dict)
     ends: dict[int, tuple[int, int]] = field(default_factory=dict)
     _waiting: list[tuple[int, Int64Array, tuple[int, int] | None]] = field(default_factory=list)
@@ -301,7 +300,7 @@ def play(
     """
     whole = references(rows, begin.order, num_epochs)
     epochs: dict[tuple[OrderSettings, int], Epoch] = {}
-    timeline = Timeline(num_epochs)
+    timeline = Timeline()
     figures = Figures()
     checkpoint = json.dumps(begin.to_dict())
     is_alive = False
@@ -519,7 +518,7 @@ def test_schedules_open_what_was_counted() -> None:
 
 def test_the_state_of_a_large_run_is_under_a_kibibyte() -> None:
     """A checkpoint of 512 ranks × 8 workers over 1,000 shards is one small dict, the same from every rank."""
-    names: Sequence[str] = [f"part/shard-{number:05}.pt.zst" for number in range(1000)]
+    names = [f"part/shard-{number:05}.pt.zst" for number in range(1000)]
     counts = np.full(1000, 100_000, dtype=np.int64)
     index = Index(
         schema={"fields": {"tokens": "int32"}},

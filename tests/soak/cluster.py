@@ -41,7 +41,7 @@ from multiprocessing import connection
 from multiprocessing.connection import Connection
 from multiprocessing.process import BaseProcess
 from pathlib import Path
-from typing import Any, Final, NamedTuple
+from typing import Any, ClassVar, Final, NamedTuple
 
 import torch
 
@@ -60,7 +60,6 @@ START_KILL: Final = 0.2
 """Part of the lives that are killed while they start."""
 START_S: Final = 1.0
 """Processes, datasets and workers take about that long to begin."""
-WITHOUT_KILL: Final = 0.05
 
 _forkserver = multiprocessing.get_context("forkserver")
 # numpy imports parts of itself when they are used first; all that is imported here, no trainer waits for.
@@ -221,7 +220,7 @@ class Figures:
     trainers: int = 0
     resized: int = 0
     killed_starting: int = 0
-    """Before the first step was done by all."""
+    """Of the kills that follow: before all ranks had done their first step."""
     killed_all_ranks: int = 0
     killed_one_rank: int = 0
     kept: int = 0
@@ -239,7 +238,7 @@ class Figures:
     left_running: int = 0
     """Ranks that left a process behind."""
 
-    FAULTS: Final = ("lost", "repeated", "out_of_order", "out_of_step", "failed", "hung", "left_running")
+    FAULTS: ClassVar = ("lost", "repeated", "out_of_order", "out_of_step", "failed", "hung", "left_running")
 
     @property
     def faults(self) -> int:
@@ -247,11 +246,7 @@ class Figures:
 
     def table(self) -> str:
         """Return one line for each figure."""
-        return "\n".join(
-            f"{spec.name.replace('_', ' '):<18}{getattr(self, spec.name):>12,}"
-            for spec in fields(self)
-            if spec.name != "FAULTS"
-        )
+        return "\n".join(f"{spec.name.replace('_', ' '):<18}{getattr(self, spec.name):>12,}" for spec in fields(self))
 
 
 @dataclass
@@ -342,7 +337,8 @@ def _serve(processes: Processes, kill: Kill | None, rng: random.Random, figures:
             is_over = said[0] == b"over"
             said.clear()
             for barrier in processes.barriers:
-                barrier.send_bytes(b"go")
+                with contextlib.suppress(ConnectionError):  # it died by itself: the next look at it says so
+                    barrier.send_bytes(b"go")
             if is_over:
                 return _finish(processes, figures)
 
@@ -394,14 +390,11 @@ def next_life(url: str, folder: Path, number: int, before: Life | None, rng: ran
             return life
 
 
-def next_kill(life: Life, num_samples: int, rng: random.Random) -> Kill | None:
-    """Return when *life* is to be killed, if at all."""
+def next_kill(life: Life, num_samples: int, rng: random.Random) -> Kill:
+    """Return when *life* is to be killed, unless its last epoch is over before."""
     is_single = rng.random() < 0.5
-    chance = rng.random()
-    if chance < START_KILL:
+    if rng.random() < START_KILL:
         return Kill(0, 0, rng.uniform(0, START_S), is_single)
-    if chance > 1 - WITHOUT_KILL:
-        return None
     steps_per_epoch = num_samples // life.global_batch
     told = rng.randrange(life.world_size)
     return Kill(rng.randint(1, max(1, 4 * steps_per_epoch // 3)), told, rng.uniform(0, 0.004), is_single)
@@ -626,7 +619,8 @@ def main() -> int:
             report=functools.partial(print, flush=True),
         )
     print(f"\n{figures.table()}\n")
-    print(f"make soak: {figures.chains} chains in {time.monotonic() - began:,.0f} s, {figures.faults} faults")
+    took_s = time.monotonic() - began
+    print(f"make soak: {figures.chains} of {arguments.chains} chains in {took_s:,.0f} s, {figures.faults} faults")
     return 1 if figures.faults or not figures.chains else 0
 
 
