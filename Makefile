@@ -38,7 +38,7 @@ bench: setup ## measure, side by side with pure zstd decoding
 	@$(BIN)/python benchmarks/run.py
 
 soak: setup ## kill and resize real trainers, up to 10 minutes; every sample is checked
-	@$(BIN)/python -m tests.soak.cluster --chains 30 --seconds 600
+	@$(BIN)/python -m tests.soak --chains 30 --seconds 600
 
 clean: ## remove everything these words made
 	rm -rf $(VENV) $(OUT) build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis

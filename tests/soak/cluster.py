@@ -62,8 +62,8 @@ START_S: Final = 1.0
 """Processes, datasets and workers take about that long to begin."""
 
 _forkserver = multiprocessing.get_context("forkserver")
-# numpy imports parts of itself when they are used first; all that is imported here, no trainer waits for.
-_forkserver.set_forkserver_preload(["streamshards.loader", "streamshards.writer", "numpy.ma", "numpy.random"])
+# What is imported here, no trainer waits for; numpy imports parts of itself only when they are used.
+_forkserver.set_forkserver_preload(["tests.soak.cluster", "streamshards.loader", "numpy.ma", "numpy.random"])
 
 
 class Resume(NamedTuple):
@@ -622,7 +622,3 @@ def main() -> int:
     took_s = time.monotonic() - began
     print(f"make soak: {figures.chains} of {arguments.chains} chains in {took_s:,.0f} s, {figures.faults} faults")
     return 1 if figures.faults or not figures.chains else 0
-
-
-if __name__ == "__main__":
-    sys.exit(main())
