@@ -372,7 +372,7 @@ def test_large_clusters_killed_and_resized(
 ) -> None:
     """Up to 512 ranks × 8 workers, killed and resized at random over three epochs: the surviving timeline is the order
     that one rank receives, every sample once an epoch but for what the tail declares, and all ranks stay in step."""
-    rows = uneven_rows(1000, 500)
+    rows = uneven_rows(400, 500)
     rng = np.random.default_rng([start.world_size, tail == "pad"])
     worlds = [1, 2, 3, 7, 8, 48, 64, 100, 256, 509, 512]
     clusters = itertools.chain(
