@@ -12,7 +12,7 @@ PIP_INSTALL := $(BIN)/python -m pip install -qq --disable-pip-version-check
 # Code in the documents is laid out by hand, to be read beside its comments.
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test lint types bench clean
+.PHONY: help setup demo test lint types bench soak clean
 
 help: ## list these words
 	@sed -n 's/^\([a-z]*\):.*## \(.*\)/  make \1\t\2/p' $(MAKEFILE_LIST) | expand -t 14
@@ -36,6 +36,9 @@ types: setup ## mypy, strict
 
 bench: setup ## measure, side by side with pure zstd decoding
 	@$(BIN)/python benchmarks/run.py
+
+soak: setup ## kill and resize real trainers, up to 10 minutes; every sample is checked
+	@$(BIN)/python -m tests.soak --chains 30 --seconds 600
 
 clean: ## remove everything these words made
 	rm -rf $(VENV) $(OUT) build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis
