@@ -5,8 +5,7 @@
     python examples/lightning_module.py --url data/sample         # again after a kill: goes on where it was
 
 Copy the two upper classes. No sample is lost or repeated, wherever in an epoch a checkpoint was written, also by
-``OnExceptionCheckpoint`` in the middle of a step, and with gradients that accumulate. They deal with what Lightning (2.6)
-does with a loader:
+``OnExceptionCheckpoint`` in the middle of a step, and with accumulated gradients. What Lightning 2.6 does to loaders:
 
 - It counts the batches of a resumed epoch from the epoch's beginning, so a loader's length must count them, too.
 - It restores a loader's own state only inside an epoch, not at its end. The DataModule's state is always restored.

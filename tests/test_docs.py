@@ -60,7 +60,7 @@ def make_ids() -> dict[str, object]:
     return {"ss": ss, "net": torch.nn.Linear(1, 1)}
 
 
-@pytest.mark.filterwarnings("ignore:'set_vital' is not implemented:UserWarning")  # torchdata's
+@pytest.mark.filterwarnings("ignore:'set_vital' is deprecated:UserWarning")  # torchdata's
 def test_integrations_torchdata(here: Path) -> None:
     """torch's DataLoader and torchdata's StatefulDataLoader, as docs/integrations.md shows them."""
     pytest.importorskip("torchdata", reason="torchdata is not installed")
