@@ -34,6 +34,10 @@ class StreamingDataLoader(DataLoader[Any]):
         OptionInvalid: An option that the dataset decides: batch_size, shuffle, sampler, drop_last, collate_fn.
     """
 
+    _is_accelerate_prepared = True
+    """Tells Hugging Face Accelerate that there is nothing to prepare: each rank gets its own batches already, and what
+    it would wrap around this loader reads rank 0's part alone, cuts that up among the ranks, and loses the state."""
+
     def __init__(self, dataset: EpochDataset, *, num_workers: int = 0, **options: Any) -> None:
         if not isinstance(dataset, EpochDataset):
             raise OptionInvalid(
