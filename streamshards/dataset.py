@@ -30,8 +30,11 @@ from streamshards.plan.schedule import lanes_read, schedule
 from streamshards.plan.state import State
 from streamshards.plan.topology import Topology
 from streamshards.runtime import (
+    RankSource,
     SharedStart,
     Start,
+    answered_rank,
+    chosen_rank,
     current_rank,
     current_slot,
     current_worker,
@@ -79,7 +82,8 @@ class StreamingDataset(IterableDataset[Any]):
         max_corrupt: With "skip": the part of an epoch's samples that one reader may lose before ``TooManyCorrupt``;
             one shard may always be lost, unless this is 0.
         order: What shapes the order besides the seed.
-        topology: This process's data-parallel rank; by default from ``torch.distributed`` or the environment.
+        topology: This process's data-parallel rank; by default from ``torch.distributed`` or the environment. Also a
+            one-dimensional ``DeviceMesh``, ``mesh["dp"]``, or a function that returns a Topology, asked when needed.
         retry: How long a store may fail.
         prefetch: Memory and threads.
         storage_options: For fsspec: ``{"endpoint_url": …, "key": …, "secret": …}``, ``{"anon": True}``.
@@ -110,7 +114,7 @@ class StreamingDataset(IterableDataset[Any]):
         on_corrupt: Literal["skip", "raise"] = "skip",
         max_corrupt: float = 0.01,
         order: OrderOptions | None = None,
-        topology: Topology | None = None,
+        topology: RankSource = None,
         retry: RetryOptions | None = None,
         prefetch: PrefetchOptions | None = None,
         storage_options: Mapping[str, Any] | None = None,
@@ -135,9 +139,7 @@ class StreamingDataset(IterableDataset[Any]):
         self._transform = transform
         self._batch_transform = batch_transform
         self._order = require_options(order, OrderOptions, name="order")
-        if topology is not None and not isinstance(topology, Topology):
-            raise OptionInvalid(f"topology={topology!r} must be Topology(rank=…, world_size=…)")
-        self._chosen_rank = topology
+        self._chosen_rank = chosen_rank(topology)
         self._told_rank: tuple[int, Topology] | None = None
         self._retry = require_options(retry, RetryOptions, name="retry")
         self._prefetch = require_options(prefetch, PrefetchOptions, name="prefetch")
@@ -178,7 +180,8 @@ class StreamingDataset(IterableDataset[Any]):
             told = (os.getpid(), self._rank())
         except OptionInvalid:
             told = None
-        return {**self.__dict__, "_progress": None, "_access": None, "_told_rank": told}
+        chosen = self._chosen_rank if told is None or not callable(self._chosen_rank) else partial(answered_rank, *told)
+        return {**self.__dict__, "_progress": None, "_access": None, "_told_rank": told, "_chosen_rank": chosen}
 
     def _own(self) -> None:
         """Part from what a parent process shares with its other children: each rank has its own epochs and counts."""
