@@ -26,7 +26,7 @@ from streamshards.plan.order import EpochOrder, OrderSettings, resolve_order
 from streamshards.plan.state import State
 from streamshards.plan.subset import Cut, Skip, Subset, Take, require_split
 from streamshards.plan.topology import Topology
-from streamshards.runtime import Start, current_slot, usable_cores
+from streamshards.runtime import RankSource, Start, current_slot, usable_cores
 from streamshards.shard.columns import Columns, to_samples
 from streamshards.shard.payload import FramedShard
 from streamshards.shard.reader import ShardReader
@@ -69,7 +69,8 @@ class StreamingDataset(EpochDataset):
         max_corrupt: With "skip": the part of an epoch's samples that one reader may lose before ``TooManyCorrupt``;
             one shard may always be lost, unless this is 0.
         order: What shapes the order besides the seed.
-        topology: This process's data-parallel rank; by default from ``torch.distributed`` or the environment.
+        topology: This process's data-parallel rank; by default from ``torch.distributed`` or the environment. Also a
+            one-dimensional ``DeviceMesh``, ``mesh["dp"]``, or a function that returns a Topology, asked when needed.
         retry: How long a store may fail.
         prefetch: Memory and threads.
         storage_options: For fsspec: ``{"endpoint_url": …, "key": …, "secret": …}``, ``{"anon": True}``.
@@ -104,7 +105,7 @@ class StreamingDataset(EpochDataset):
         on_corrupt: Literal["skip", "raise"] = "skip",
         max_corrupt: float = 0.01,
         order: OrderOptions | None = None,
-        topology: Topology | None = None,
+        topology: RankSource = None,
         retry: RetryOptions | None = None,
         prefetch: PrefetchOptions | None = None,
         storage_options: Mapping[str, Any] | None = None,

@@ -24,8 +24,11 @@ from streamshards.plan.order import OrderSettings
 from streamshards.plan.state import State, mismatch
 from streamshards.plan.topology import Topology
 from streamshards.runtime import (
+    RankSource,
     SharedStart,
     Start,
+    answered_rank,
+    chosen_rank,
     current_rank,
     current_slot,
     current_worker,
@@ -53,7 +56,7 @@ class EpochDataset(IterableDataset[Any]):
         batch_transform: Callable[[Any], Any] | None,
         tail: str,
         labels: Labels,
-        topology: Topology | None,
+        topology: RankSource,
         prefetch: PrefetchOptions | None,
         observer: Observer | None,
     ) -> None:
@@ -66,12 +69,10 @@ class EpochDataset(IterableDataset[Any]):
         self.shuffle = bool(shuffle)
         self.seed = require_int(seed, name="seed", minimum=0)
         self.tail = require_tail(tail)
-        if topology is not None and not isinstance(topology, Topology):
-            raise OptionInvalid(f"topology={topology!r} must be Topology(rank=…, world_size=…)")
         self._transform = transform
         self._batch_transform = batch_transform
         self._labels = labels
-        self._chosen_rank = topology
+        self._chosen_rank = chosen_rank(topology)
         self._told_rank: tuple[int, Topology] | None = None
         self._prefetch = require_options(prefetch, PrefetchOptions, name="prefetch")
         self._observer = observer
@@ -97,7 +98,8 @@ class EpochDataset(IterableDataset[Any]):
             told = (os.getpid(), self._rank())
         except OptionInvalid:
             told = None
-        return {**self.__dict__, "_progress": None, "_told_rank": told}
+        chosen = self._chosen_rank if told is None or not callable(self._chosen_rank) else partial(answered_rank, *told)
+        return {**self.__dict__, "_progress": None, "_told_rank": told, "_chosen_rank": chosen}
 
     def _own(self) -> None:
         """Part from what a parent process shares with its other children: each rank has its own epochs and counts."""

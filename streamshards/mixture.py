@@ -36,7 +36,7 @@ from streamshards.plan.mixture import (
 from streamshards.plan.order import OrderSettings, resolve_order
 from streamshards.plan.state import State
 from streamshards.plan.topology import Topology
-from streamshards.runtime import Start, usable_cores
+from streamshards.runtime import RankSource, Start, usable_cores
 from streamshards.shard.columns import Columns
 from streamshards.shard.schema import Schema, unite
 
@@ -90,7 +90,7 @@ class Mixture(EpochDataset):
         batch_transform: Callable[[Any], Any] | None = None,
         tail: Literal["pad", "drop", "uneven"] = "pad",
         order: OrderOptions | None = None,
-        topology: Topology | None = None,
+        topology: RankSource = None,
         prefetch: PrefetchOptions | None = None,
         observer: Observer | None = None,
         with_keys: bool = False,

@@ -5,12 +5,13 @@ from __future__ import annotations
 import math
 import multiprocessing
 import os
-from collections.abc import Mapping
-from typing import Final, NamedTuple
+from collections.abc import Callable, Mapping
+from typing import Final, NamedTuple, TypeAlias
 
 import numpy as np
 import torch
 import torch.distributed
+from torch.distributed.device_mesh import DeviceMesh  # a stub where torch is built without distributed
 from torch.utils.data import get_worker_info
 
 from streamshards.errors import OptionInvalid, StreamShardsError
@@ -22,26 +23,93 @@ MAX_WORKERS: Final = 1023
 """DataLoader workers of one rank at most: each has a slot in shared memory."""
 
 
-def current_rank(chosen: Topology | None = None, *, told: tuple[int, Topology] | None = None) -> Topology:
+RankSource: TypeAlias = Topology | DeviceMesh | Callable[[], Topology] | None
+"""What a user may pass as ``topology=``."""
+
+
+def chosen_rank(source: RankSource) -> Topology | Callable[[], Topology] | None:
+    """Return what the user passed as ``topology=``, a DeviceMesh as the rank that this process has in it.
+
+    Raises:
+        OptionInvalid: It says no rank: something else, a mesh of several dimensions, a mesh without this process.
+    """
+    if source is None or isinstance(source, Topology):
+        return source
+    if isinstance(source, DeviceMesh):
+        return _rank_in(source)
+    if not callable(source) or isinstance(source, type):
+        raise OptionInvalid(
+            f"topology={source!r} must be Topology(rank=…, world_size=…), a one-dimensional DeviceMesh, "
+            "or a function without arguments that returns a Topology"
+        )
+    return source
+
+
+def _rank_in(mesh: DeviceMesh) -> Topology:
+    if mesh.ndim != 1:
+        raise OptionInvalid(
+            f"topology={mesh!r} has {mesh.ndim} dimensions: which of them split the data? Pass one, "
+            'mesh["dp"], or flatten several, mesh["dp_replicate", "dp_shard"]._flatten()'
+        )
+    place = mesh.get_coordinate()
+    if place is None:
+        raise OptionInvalid(f"topology={mesh!r} does not hold this process, rank {torch.distributed.get_rank()}")
+    return Topology(rank=place[0], world_size=mesh.size())
+
+
+def current_rank(
+    chosen: Topology | Callable[[], Topology] | None = None, *, told: tuple[int, Topology] | None = None
+) -> Topology:
     """Return the data-parallel rank of this process, without its DataLoader worker.
 
     Args:
-        chosen: What the user passed; it wins. Else an initialised process group, else *told*, else ``RANK`` and
-            ``WORLD_SIZE``, else a single rank.
+        chosen: What the user passed; it wins, and a function is asked now. Else an initialised process group, else
+            *told*, else ``RANK`` and ``WORLD_SIZE``, else a single rank.
         told: The pid of the process that pickled the dataset, and its rank: what a spawned DataLoader worker, which has
             no process group, must go by. It does not hold for anyone but that process's own workers.
 
     Raises:
-        OptionInvalid: The environment says there are several ranks, but not which one this is.
+        OptionInvalid: The environment says there are several ranks, but not which one this is; or the function fails.
     """
     if chosen is not None:
-        return Topology(rank=chosen.rank, world_size=chosen.world_size)
+        rank = chosen if isinstance(chosen, Topology) else _answer_of(chosen)
+        return Topology(rank=rank.rank, world_size=rank.world_size)
     if torch.distributed.is_available() and torch.distributed.is_initialized():
         return Topology(rank=torch.distributed.get_rank(), world_size=torch.distributed.get_world_size())
-    parent = multiprocessing.parent_process()
-    if told is not None and get_worker_info() is not None and parent is not None and parent.pid == told[0]:
+    if told is not None and _is_worker_of(told[0]):
         return told[1]
     return _rank_from(os.environ)
+
+
+def _answer_of(source: Callable[[], Topology]) -> Topology:
+    try:
+        answer: object = source()
+    except OptionInvalid:
+        raise
+    except Exception as error:
+        raise OptionInvalid(f"topology={source!r} was asked for the rank and failed: {error!r}") from error
+    if not isinstance(answer, Topology):
+        raise OptionInvalid(f"topology={source!r} must return a Topology; it returned {answer!r}")
+    return answer
+
+
+def answered_rank(pid: int, rank: Topology) -> Topology:
+    """Return *rank*, the answer of a ``topology=`` function in process *pid*: its stand-in in a pickled dataset.
+
+    Raises:
+        OptionInvalid: This is neither that process nor a DataLoader worker of it, so its rank may be another.
+    """
+    if pid == os.getpid() or _is_worker_of(pid):
+        return rank
+    raise OptionInvalid(
+        f"topology= is a function that was asked in another process, and answered {rank!r}: that does not hold here. "
+        "Make the dataset in the process that is the rank, or pass a function that fails until there are ranks"
+    )
+
+
+def _is_worker_of(pid: int) -> bool:
+    parent = multiprocessing.parent_process()
+    return get_worker_info() is not None and parent is not None and parent.pid == pid
 
 
 def _rank_from(environment: Mapping[str, str]) -> Topology:
