@@ -106,7 +106,7 @@ def first_state(rows: Int64Array, cluster: Cluster, *, lanes: int | None = None,
         global_batch=cluster.global_batch,
         topology=Topology(world_size=cluster.world_size, num_workers=cluster.num_workers),
     )
-    return State(epoch=0, position=0, num_samples=num_samples, fingerprint="ab" * 16, order=order)
+    return State(epoch=0, position=0, num_samples=num_samples, identity={"fingerprint": "ab" * 16}, order=order)
 
 
 class Epoch:
@@ -162,7 +162,7 @@ def rest_of_epoch(num_samples: int, position: int, cluster: Cluster, tail: Tail)
         epoch=0,
         position=position,
         num_samples=num_samples,
-        fingerprint="",
+        identity={"fingerprint": ""},
         order=OrderSettings(shuffle=False, seed=0, lanes=1, chunk=1, shuffle_block=1),
     )
     num_steps = max(reader.rank_batches for reader in all_ranks(state, cluster, tail))
@@ -269,7 +269,7 @@ def references(rows: Int64Array, chosen: OrderSettings, num_epochs: int) -> list
     whole = []
     for epoch in range(num_epochs):
         alone = Cluster(1, 1, 1000)
-        state = State(epoch=epoch, position=0, num_samples=int(rows.sum()), fingerprint="", order=chosen)
+        state = State(epoch=epoch, position=0, num_samples=int(rows.sum()), identity={"fingerprint": ""}, order=chosen)
         positions = delivered(state, alone, "uneven", -(-state.num_samples // 1000)).reshape(-1)
         whole.append(Epoch(rows, chosen, epoch).samples(positions[positions != NOBODY]))
     return whole
@@ -529,7 +529,7 @@ def test_the_state_of_a_large_run_is_under_a_kibibyte() -> None:
         digests=[f"{number:032x}" for number in range(1000)],
     )
     cluster = Cluster(512, 8, 64)
-    begin = replace(first_state(index.rows, cluster), fingerprint=index.fingerprint, epoch=99)
+    begin = replace(first_state(index.rows, cluster), identity={"fingerprint": index.fingerprint, "num_shards": index.num_shards}, epoch=99)
     text = saved(begin, cluster, "pad", 3000)
     assert len(text) < 1024
     assert loaded(text).position == 3000 * cluster.global_batch
