@@ -26,11 +26,12 @@ from streamshards.plan.order import EpochOrder, OrderSettings, resolve_order
 from streamshards.plan.state import State
 from streamshards.plan.subset import Cut, Skip, Subset, Take, require_split
 from streamshards.plan.topology import Topology
-from streamshards.runtime import RankSource, Start, current_slot, usable_cores
+from streamshards.runtime import RankSource, current_slot, usable_cores
 from streamshards.shard.columns import Columns, to_samples
 from streamshards.shard.payload import FramedShard
 from streamshards.shard.reader import ShardReader
 from streamshards.shard.schema import Schema
+from streamshards.starts import Start
 from streamshards.storage import open_store
 
 _MAX_SHARD_RAW_BYTES: Final = 64 * GiB

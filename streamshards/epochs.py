@@ -25,8 +25,6 @@ from streamshards.plan.state import State, mismatch
 from streamshards.plan.topology import Topology
 from streamshards.runtime import (
     RankSource,
-    SharedStart,
-    Start,
     answered_rank,
     chosen_rank,
     current_rank,
@@ -35,6 +33,7 @@ from streamshards.runtime import (
     shared_counters,
 )
 from streamshards.shard.columns import Columns, to_batch, to_owned_samples, to_samples
+from streamshards.starts import SharedStart, Start
 
 Sample = dict[str, Any]
 
@@ -164,7 +163,7 @@ class EpochDataset(IterableDataset[Any]):
         require_int(epoch, name="epoch", minimum=0)
         start = self._start.peek()
         resumes_in_it = start.epoch == epoch and start.position + start.batches > 0
-        if not resumes_in_it:
+        if not resumes_in_it or self._start.have_workers_begun:
             self._own()
             self._start.restart(Start(epoch, 0, 0, None))
             self._progress = None
@@ -248,7 +247,8 @@ class EpochDataset(IterableDataset[Any]):
         if num_workers is None:
             worker = current_worker()
             num_workers = 1 if worker is None else worker[1]
-        loaded.require_workers(num_workers)
+        if loaded.worker_batches:
+            loaded.require_workers(num_workers, (self.batch_size or 1) * self._rank().world_size)
         here = Start(loaded.epoch, loaded.position, loaded.worker_batches, loaded.order)
         ours = replace(loaded.order, seed=self.seed, shuffle=self.shuffle)
         differences = loaded.differences(self._state(Start(loaded.epoch, loaded.position, 0, ours), Topology()))
@@ -286,6 +286,7 @@ class EpochDataset(IterableDataset[Any]):
             order=self._settings(start, topology),
             worker_batches=start.batches,
             num_workers=topology.num_workers,
+            global_batch=(self.batch_size or 1) * topology.world_size if start.batches else 0,
         )
 
     def _assignment(self, topology: Topology, start: Start) -> Assignment:

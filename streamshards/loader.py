@@ -10,11 +10,12 @@ from typing import Any, Final
 from torch.utils.data import DataLoader, IterableDataset
 
 from streamshards.epochs import EpochDataset
-from streamshards.errors import OptionInvalid
+from streamshards.errors import OptionInvalid, StreamShardsError
 from streamshards.plan.assignment import Assignment
 from streamshards.plan.state import State
 from streamshards.plan.topology import Topology
-from streamshards.runtime import SharedStart, Start, current_slot, current_worker
+from streamshards.runtime import current_slot, current_worker
+from streamshards.starts import SharedStart, Start
 
 _DATASET_DECIDES: Final = ("batch_size", "shuffle", "sampler", "batch_sampler", "drop_last", "collate_fn")
 
@@ -64,7 +65,10 @@ class StreamingDataLoader(DataLoader[Any]):
         self._streaming._follow()
         self._seen_generation = self._streaming._start.generation
         self._view.begin(start, topology)
-        batches = super().__iter__()
+        try:
+            batches = super().__iter__()
+        finally:
+            self._view.settle()
         self._next = Start(start.epoch + 1, 0, 0, state.order)
         self._latest = state
         iterator = _CountingIterator(self, batches, self._streaming._assignment(topology, start))
@@ -116,12 +120,12 @@ class StreamingDataLoader(DataLoader[Any]):
         """Return where the next iteration begins; what was said to the dataset since we last looked goes first."""
         dataset_start = self._streaming._start
         if dataset_start.generation != self._seen_generation:
-            self._seen_generation = dataset_start.generation
+            looked_away, self._seen_generation = self._seen_generation, dataset_start.generation
             said = dataset_start.peek()
-            resumes_in_it = said.epoch == self._next.epoch and self._next.position > 0 and said.position == 0
-            if not resumes_in_it:
+            is_same = said.epoch == self._next.epoch and self._next.position > 0 and said.position == 0
+            if not is_same or self._seen_generation - looked_away > 1:
                 self._next = said._replace(order=said.order or self._next.order)
-            self._latest = None
+            self._latest = self._current = None
         return self._next
 
     def _topology(self) -> Topology:
@@ -193,12 +197,22 @@ class _View(IterableDataset[Any]):
         self._start = start
         self._shared.restart(start)
 
+    def settle(self) -> None:
+        """Note that the iteration has begun: nobody else may begin one here."""
+        self._start = None
+
     def __iter__(self) -> Iterator[Any]:
+        if self._start is None:
+            raise StreamShardsError(
+                f"{self.dataset.url}: this is the dataset as a StreamingDataLoader's workers see it, and only that "
+                "loader can iterate it; another loader over it (accelerate's skip_first_batches, for one) would lose "
+                "the place. Use loader.load_state_dict to go on from a place"
+            )
         slot = current_slot()
         topology = self._rank.with_worker(*(current_worker() or (0, 1)))
         is_persistent = current_worker() is not None and self._begun_in == os.getpid()
         self._begun_in = os.getpid()
-        start = self._shared.said() if is_persistent or self._start is None else self._start
+        start = self._shared.said() if is_persistent else self._start
         return self.dataset._iterate(start, topology, slot)
 
     def __getattr__(self, name: str) -> Any:

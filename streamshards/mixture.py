@@ -36,9 +36,10 @@ from streamshards.plan.mixture import (
 from streamshards.plan.order import OrderSettings, resolve_order
 from streamshards.plan.state import State
 from streamshards.plan.topology import Topology
-from streamshards.runtime import RankSource, Start, usable_cores
+from streamshards.runtime import RankSource, usable_cores
 from streamshards.shard.columns import Columns
 from streamshards.shard.schema import Schema, unite
+from streamshards.starts import Start
 
 _MAX_LANES: Final = 1 << 16
 """Finding where a mixture stops, and counting, costs about 50 µs a lane."""

@@ -37,6 +37,7 @@ LAYERS: Final[tuple[tuple[str, tuple[str, ...]], ...]] = (
     ("edge: shards", ("shard/",)),
     ("engine", ("engine/",)),
     ("surroundings", ("runtime.py",)),
+    ("surroundings: starts", ("starts.py",)),
     ("face: epochs", ("epochs.py",)),
     ("face", ("dataset.py", "writer.py")),
     ("face: mixture", ("mixture.py",)),

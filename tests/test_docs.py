@@ -39,7 +39,8 @@ def test_usage(here: Path, capsys: pytest.CaptureFixture[str]) -> None:
     with ss.ShardWriter("data/text") as out:
         for number in range(100):
             out.write({"tokens": torch.arange(number % 7 + 1), "text": str(number)})
-    names: dict[str, object] = {"ss": ss}
+    names: dict[str, object] = {"ss": ss, "torch": torch}
+    exec(blocks("README.md")[0], names)
     for number, code in enumerate(blocks("docs/usage.md")):
         try:
             exec(code, names)

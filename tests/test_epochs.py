@@ -16,7 +16,7 @@ import pytest
 import torch
 from torch.utils.data import DataLoader
 
-from streamshards import OrderOptions, StreamingDataLoader, StreamingDataset
+from streamshards import OrderOptions, StreamingDataLoader, StreamingDataset, StreamShardsError
 from tests.datasets import ids, write
 
 NUM_SAMPLES: Final = 23
@@ -135,18 +135,70 @@ class _Late:
             self.go.wait()
 
 
-def test_set_epoch_before_the_last_worker_has_begun(url: str, epochs: list[Batches]) -> None:
-    """A StreamingDataLoader's late worker begins the iteration it was made for, whatever has been said since."""
+@loaders
+def test_set_epoch_before_the_last_worker_has_begun(url: str, epochs: list[Batches], kind: str) -> None:
+    """A late worker begins the iteration it was made for, whatever has been said since."""
     context = multiprocessing.get_context("fork")
     go = context.Event()
     dataset = make_dataset(url)
-    loader = make("streaming", dataset, context=context, worker_init_fn=_Late(go))
+    loader = make(kind, dataset, context=context, worker_init_fn=_Late(go))
     running = iter(loader)
     seen = ids([next(running)])
     dataset.set_epoch(5)
     go.set()
     assert seen + ids(running) == epochs[0]
     assert ids(loader) == epochs[5]
+
+
+@persistence
+def test_set_epoch_of_an_epoch_that_workers_went_on_in(url: str, epochs: list[Batches], persistent: bool) -> None:
+    """A place in the dataset that workers have used is used: set_epoch of its epoch begins that epoch anew."""
+    dataset = make_dataset(url)
+    dataset.load_state_dict(place(url, epoch=0, taken=2))
+    loader = make("plain", dataset, persistent=persistent)
+    assert ids(loader) == epochs[0][2:]
+    dataset.set_epoch(0)
+    assert ids(loader) == epochs[0]
+    assert ids(loader) == epochs[1]
+
+
+def test_set_epoch_in_the_loop_is_what_the_state_says(url: str, epochs: list[Batches]) -> None:
+    """From set_epoch on, a loader's state is the begin of that epoch, however often it is read and whatever the
+    running pass still gives; so the state is the same as the dataset's own would be."""
+    for reads in range(3):
+        loader = StreamingDataLoader(make_dataset(url))
+        running = iter(loader)
+        next(running)
+        loader.set_epoch(5)
+        for _ in range(3):
+            next(running)
+            for _ in range(reads):
+                assert (loader.state_dict()["epoch"], loader.state_dict()["position"]) == (5, 0)
+        assert (loader.state_dict()["epoch"], loader.state_dict()["position"]) == (5, 0)
+        assert len(ids(running)) == NUM_BATCHES - 4
+        assert ids(loader) == epochs[5]
+
+
+@pytest.mark.parametrize("looks", [False, True])
+def test_set_epoch_away_and_back_gives_up_a_loaded_place(url: str, epochs: list[Batches], looks: bool) -> None:
+    """set_epoch to another epoch and back begins that epoch anew, whether or not anybody looked in between."""
+    loader = StreamingDataLoader(make_dataset(url))
+    loader.load_state_dict(place(url, epoch=0, taken=2))
+    loader.set_epoch(3)
+    if looks:
+        assert len(loader) == NUM_BATCHES
+    loader.set_epoch(0)
+    assert ids(loader) == epochs[0]
+
+
+def test_only_its_own_loader_iterates_a_view(url: str) -> None:
+    """What stands as ``loader.dataset`` cannot be iterated by another loader, which would not know the place."""
+    loader = StreamingDataLoader(make_dataset(url))
+    next(iter(loader))
+    with pytest.raises(StreamShardsError, match="only that loader can iterate it"):
+        iter(DataLoader(loader.dataset, batch_size=None))
+    with pytest.raises(StreamShardsError, match="only that loader can iterate it"):
+        iter(loader.dataset)
 
 
 def test_one_seed_for_every_epoch(url: str, epochs: list[Batches]) -> None:

@@ -36,6 +36,8 @@ class State:
     """Only in the state of a single DataLoader worker: batches it delivered from *position* on."""
     num_workers: int = 1
     """Only in the state of a single DataLoader worker: how many there were."""
+    global_batch: int = 0
+    """Only in the state of a single DataLoader worker: samples of a step over all ranks."""
 
     def to_dict(self) -> dict[str, Any]:
         """Return a fresh dict of JSON values: flat and under 1 KiB, but for a mixture, which has a dict per source."""
@@ -46,7 +48,11 @@ class State:
             "num_samples": self.num_samples,
             **json.loads(json.dumps(self.identity)),  # a fresh one: nobody's changes to it reach us
             **asdict(self.order),
-            **({"worker_batches": self.worker_batches, "num_workers": self.num_workers} if self.worker_batches else {}),
+            **(
+                {name: getattr(self, name) for name in ("worker_batches", "num_workers", "global_batch")}
+                if self.worker_batches
+                else {}
+            ),
         }
 
     @classmethod
@@ -69,6 +75,7 @@ class State:
         numbers = {name: state[name] for name in _INTEGERS}
         numbers["worker_batches"] = state.get("worker_batches", 0)
         numbers["num_workers"] = state.get("num_workers", 1)
+        numbers["global_batch"] = state.get("global_batch", 0)
         for name, value in numbers.items():
             if not isinstance(value, int) or isinstance(value, bool) or not 0 <= value <= _MAX_INTEGER:
                 raise ResumeMismatch(f"the state's {name} is {value!r}, not a whole number from 0 to {_MAX_INTEGER:,}")
@@ -106,6 +113,7 @@ class State:
             order=order,
             worker_batches=numbers["worker_batches"],
             num_workers=numbers["num_workers"],
+            global_batch=numbers["global_batch"],
         )
 
     def after(self, assignment: Assignment, batches: int, *, is_over: bool = False) -> State:
@@ -122,18 +130,25 @@ class State:
             self,
             worker_batches=self.worker_batches + batches,
             num_workers=assignment.topology.num_workers,
+            global_batch=assignment.global_batch,
         )
 
-    def require_workers(self, num_workers: int) -> None:
-        """Check that *num_workers* readers can go on from here.
+    def require_workers(self, num_workers: int, global_batch: int) -> None:
+        """Check that one of *num_workers* workers, in steps of *global_batch* samples, can go on from a worker's state.
 
         Raises:
             ResumeMismatch: It is the state of one worker of another number of them.
         """
-        if self.worker_batches and self.num_workers != num_workers:
+        if self.num_workers != num_workers:
             raise ResumeMismatch(
                 f"the state is that of one of {self.num_workers} DataLoader workers, there are {num_workers} here; "
                 "use as many, or take states from StreamingDataLoader: those load on any number"
+            )
+        if self.global_batch != global_batch:
+            raise ResumeMismatch(
+                f"the state is that of a DataLoader worker with steps of {self.global_batch:,} samples over all ranks, "
+                f"there are {global_batch:,} here; use the same batch_size and world size, or take states from "
+                "StreamingDataLoader: those load on any"
             )
 
     def differences(self, ours: State) -> dict[str, tuple[Any, Any]]:

@@ -14,7 +14,7 @@ from typing import Any, Final
 import pytest
 from torchdata.stateful_dataloader import StatefulDataLoader
 
-from streamshards import OrderOptions, ResumeMismatch, StreamingDataset
+from streamshards import OrderOptions, ResumeMismatch, StreamingDataset, Topology
 from tests.datasets import write
 
 NUM_SAMPLES: Final = 7
@@ -290,6 +290,38 @@ def test_the_place_of_one_worker_among_others_is_refused_with_the_way_out(url: s
     resumed.load_state_dict(state)
     with pytest.raises(ResumeMismatch, match=r"one of 2 DataLoader workers, there are 1 here.*StreamingDataLoader"):
         iter(resumed)
+
+
+def test_another_batch_size_is_refused_inside_workers(url: str) -> None:
+    """A worker's place counts steps, so it holds for one size of step; silently going on would lose samples."""
+    dataset = make_dataset(url, BATCH)
+    state = {**dataset.state_dict(), "worker_batches": 1, "num_workers": 1, "global_batch": BATCH}
+    other = make_dataset(url, BATCH + 1)
+    with pytest.raises(
+        ResumeMismatch, match=r"steps of 2 samples over all ranks, there are 3 here.*StreamingDataLoader"
+    ):
+        other.load_state_dict(state)
+    ranked = StreamingDataset(url, batch_size=BATCH, topology=Topology(rank=1, world_size=2), shuffle=True, seed=3)
+    with pytest.raises(ResumeMismatch, match="steps of 2 samples over all ranks, there are 4 here"):
+        ranked.load_state_dict(state)
+    *_, saved, _ = states_of(make(url, BATCH, 2))[1]
+    assert {ours["global_batch"] for ours in dataset_states(saved)} == {BATCH}
+
+
+@pytest.mark.parametrize("num_workers", [0, 2])
+@pytest.mark.parametrize("persistent", [False, True])
+def test_going_back_goes_on_from_there(url: str, num_workers: int, persistent: bool) -> None:
+    """An earlier epoch's state, loaded into a loader that is epochs further: its rest, and then the epoch after it."""
+    options = {"persistent_workers": True} if persistent and num_workers else {}
+    reference = epochs(url, BATCH)
+    loader = make(url, BATCH, num_workers, **options)
+    iterator = iter(loader)
+    next(iterator)
+    state = copied(loader.state_dict())
+    assert ids(iterator) == reference[0][1:]
+    assert [ids(loader), ids(loader)] == reference[1:3]
+    loader.load_state_dict(state)
+    assert [ids(loader), ids(loader)] == [reference[0][1:], reference[1]]
 
 
 # -- epochs that are said, and start methods ---------------------------------------------------------------------------

@@ -276,14 +276,15 @@ def test_one_worker_counts_its_own_batches() -> None:
     assert (once.position, once.worker_batches, once.num_workers) == (512, 5, 3)
     twice = State.from_dict(once.to_dict()).after(reader, 2)
     assert (twice.position, twice.worker_batches, twice.num_workers) == (512, 7, 3)
-    assert asdict(replace(twice, worker_batches=0, num_workers=1)) == asdict(STATE)
+    assert asdict(replace(twice, worker_batches=0, num_workers=1, global_batch=0)) == asdict(STATE)
 
 
 def test_one_workers_state_needs_as_many_workers() -> None:
-    """A worker's own state goes on only among as many workers; a rank's state, among any number."""
-    one = replace(STATE, worker_batches=5, num_workers=3)
-    one.require_workers(3)
-    for other in (1, 2, 4):
+    """A worker's own state goes on only among as many workers, in steps of the same size."""
+    one = replace(STATE, worker_batches=5, num_workers=3, global_batch=4)
+    one.require_workers(3, 4)
+    for other in (1, 2, 5):
         with pytest.raises(ResumeMismatch, match=f"one of 3 DataLoader workers, there are {other} here"):
-            one.require_workers(other)
-        STATE.require_workers(other)
+            one.require_workers(other, 4)
+        with pytest.raises(ResumeMismatch, match=f"steps of 4 samples over all ranks, there are {other} here"):
+            one.require_workers(3, other)
