@@ -41,13 +41,12 @@ Not elegant yet: finding where a source ends, and counting at a place within a b
 from __future__ import annotations
 
 from bisect import bisect_right
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from fractions import Fraction
 from functools import lru_cache
 from itertools import accumulate, pairwise
-from math import isfinite, lcm
-from numbers import Rational, Real
+from math import lcm
 from typing import Final, Literal, NamedTuple, TypeAlias
 
 import numpy as np
@@ -56,19 +55,18 @@ import numpy.typing as npt
 from streamshards.errors import OptionInvalid
 from streamshards.options import require_int
 from streamshards.plan.order import Draw, EpochOrder, Int64Array, Lane, OrderSettings, Places, keyed_permutation
+from streamshards.plan.weights import Phase, require_ascending
 
 MIXTURE_BLOCK: Final = 1000
 """Slots of a block: weights of up to three decimals hold exactly in every block."""
 
 _INT64_MAX: Final = 2**63 - 1
 _MAX_SOURCES: Final = 2**16
-"""Block tables hold a source in 16 bits: small, and numpy sorts them by radix."""
+"""Blocks hold a source in 16 bits: small, and numpy sorts them by radix."""
 _SPARE_TABLES: Final = 64
 _MOST_TABLES: Final = 4096
-"""A reader of L lanes needs L block tables (4 KB each) to hand, and a few for lanes already in their next block."""
+"""A reader of L lanes needs L block tables (2 KB each) to hand, and a few for lanes already in their next block."""
 
-Number: TypeAlias = int | float | Fraction
-Weights: TypeAlias = Mapping[str, Number] | Sequence[tuple[int, Mapping[str, Number]]]
 Stop: TypeAlias = int | Literal["first_exhausted", "all_exhausted"]
 Uint16Array: TypeAlias = npt.NDArray[np.uint16]
 
@@ -106,91 +104,11 @@ class MixtureSettings:
             require_int(getattr(self, name), name=name, minimum=1)
 
 
-@dataclass(frozen=True, slots=True)
-class Phase:
-    """The weights from one stream position on (about: see Theory, 7)."""
-
-    from_sample: int
-    weights: tuple[Fraction, ...]
-    """One for each source, in their order; none negative, sum 1."""
-
-    def __post_init__(self) -> None:
-        require_int(self.from_sample, name="from_sample", minimum=0)
-        if min(self.weights, default=Fraction(0)) < 0 or sum(self.weights) != 1:
-            raise OptionInvalid(f"weights={self.weights!r} of a phase must not be negative, and have the sum 1")
-
-
-# -- wishes → phases ---------------------------------------------------------------------------------------------------
-
-
-def parse_weights(weights: Weights, names: Sequence[str]) -> tuple[Phase, ...]:
-    """Return the phases that *weights* asks for.
-
-    Args:
-        weights: One weight for each source, of any sum: ``{"web": 0.7, "code": 0.3}``; or, to change them, a list of
-            (from_sample, weights), the first from 0, ascending. A float means what it prints: 0.7 is 7/10.
-        names: The sources, in order.
-
-    Raises:
-        OptionInvalid: An unknown or missing source; a weight that is not a number of at least 0; no weight above 0;
-            phases out of order.
-    """
-    if isinstance(weights, Mapping):
-        return (Phase(0, _normalised(weights, names, of="weights")),)
-    if not isinstance(weights, (list, tuple)):
-        raise OptionInvalid(f"weights={weights!r} must be a dict of weights, or a list of (from_sample, weights)")
-    phases = tuple(_phase(number, item, names) for number, item in enumerate(weights))
-    _require_ascending(phases)
-    return phases
-
-
-def _phase(number: int, item: object, names: Sequence[str]) -> Phase:
-    if not isinstance(item, (tuple, list)) or len(item) != 2 or not isinstance(item[1], Mapping):
-        raise OptionInvalid(f"weights[{number}]={item!r} must be a pair (from_sample, weights by source)")
-    from_sample = require_int(item[0], name=f"from_sample of weights[{number}]", minimum=0)
-    return Phase(from_sample, _normalised(item[1], names, of=f"weights[{number}] (from sample {from_sample:,})"))
-
-
-def _normalised(weights: Mapping[str, Number], names: Sequence[str], *, of: str) -> tuple[Fraction, ...]:
-    unknown = [name for name in weights if name not in names]
-    missing = [name for name in names if name not in weights]
-    if unknown:
-        raise OptionInvalid(f"{of}: there is no source {unknown[0]!r}; the sources are {', '.join(map(repr, names))}")
-    if missing:
-        raise OptionInvalid(f"{of}: no weight for {missing[0]!r}; write 0 to leave a source out")
-    exact = [_exact(weights[name], name=f"{of}: {name!r}") for name in names]
-    total = sum(exact)
-    if total == 0:
-        raise OptionInvalid(f"{of}: at least one weight must be above 0")
-    return tuple(weight / total for weight in exact)
-
-
-def _exact(weight: object, *, name: str) -> Fraction:
-    exact = None
-    if isinstance(weight, Rational):
-        exact = Fraction(int(weight.numerator), int(weight.denominator))
-    elif isinstance(weight, Real) and isfinite(weight):
-        exact = Fraction(str(weight))
-    if exact is None or exact < 0 or type(weight) is bool:
-        raise OptionInvalid(f"{name}: weight {weight!r} must be a number of at least 0")
-    return exact
-
-
-def _require_ascending(phases: Sequence[Phase]) -> None:
-    if not phases or phases[0].from_sample != 0:
-        raise OptionInvalid(f"weights must begin with a phase from sample 0; they begin {phases[:1]!r}")
-    for before, after in pairwise(phases):
-        if after.from_sample <= before.from_sample:
-            raise OptionInvalid(
-                f"phases of weights must ascend: from_sample={after.from_sample:,} stands after {before.from_sample:,}"
-            )
-
-
 def _require_sources(sources: Sequence[SourceRows], phases: Sequence[Phase]) -> None:
     """Check that phases and sources fit together."""
     if not 1 <= len(sources) <= _MAX_SOURCES:
         raise OptionInvalid(f"a mixture of {len(sources):,} sources: it takes 1 to {_MAX_SOURCES:,}")
-    _require_ascending(phases)
+    require_ascending(phases)
     for phase in phases:
         if len(phase.weights) != len(sources):
             raise OptionInvalid(
@@ -217,14 +135,7 @@ class _Stretch:
     """
 
     def __init__(
-        self,
-        weights: Sequence[Fraction],
-        num_slots: int,
-        *,
-        number: int,
-        first_block: int,
-        start: int,
-        before: list[int],
+        self, weights: Sequence[Fraction], num_slots: int, number: int, first_block: int, start: int, before: list[int]
     ) -> None:
         self.first_block = first_block
         self.start = start
@@ -238,11 +149,9 @@ class _Stretch:
         """A_0 … A_S, in units of 1/unit."""
 
     def block_of(self, slot: int) -> int:
-        """Return the block that holds *slot*."""
         return self.first_block + (slot - self.start) // MIXTURE_BLOCK
 
     def start_of(self, block: int) -> int:
-        """Return the first slot of *block*."""
         return self.start + (block - self.first_block) * MIXTURE_BLOCK
 
     def uses_before(self, block: int, sources: range) -> list[int]:
@@ -285,10 +194,8 @@ def _stretches(phases: Sequence[Phase], settings: MixtureSettings) -> list[_Stre
         whole, rest = divmod(stop - start, MIXTURE_BLOCK)
         for number, count, num_slots in ((0, whole, MIXTURE_BLOCK), (whole, 1, rest)):
             if count > 0 and num_slots > 0:
-                begin = start + number * MIXTURE_BLOCK
-                out.append(
-                    _Stretch(phase.weights, num_slots, number=number, first_block=block, start=begin, before=before)
-                )
+                first_slot = start + number * MIXTURE_BLOCK
+                out.append(_Stretch(phase.weights, num_slots, number, block, first_slot, before))
                 block += count
                 before = out[-1].uses_before(block, range(len(before)))
     return out
@@ -367,11 +274,12 @@ class _Stream:
         rounds, rest = divmod(position, lanes * chunk)
         full, part = divmod(rest, chunk)  # lanes that are through the round; slots of the next lane in it
         slot = rounds * chunk
-        return (
-            self._uses_before(range(full), slot + chunk)
-            + self._uses_before(range(full, full + 1), slot + part)
-            + self._uses_before(range(full + 1, lanes), slot)
-        )
+        uses = np.zeros(self.num_sources, dtype=np.int64)
+        groups = ((range(full), slot + chunk), (range(full, full + 1), slot + part), (range(full + 1, lanes), slot))
+        for of_lanes, stop in groups:
+            if of_lanes:  # else *stop* may not fit 64 bits
+                uses += self._uses_before(of_lanes, stop)
+        return uses
 
     def _uses_before(self, lanes: range, slot: int) -> Int64Array:
         """Return how many slots each source has before slot *slot* of all *lanes*: int64 ``(S,)``."""
