@@ -26,16 +26,14 @@ from streamshards.plan.mixture import (
     MIXTURE_BLOCK,
     MixtureOrder,
     MixtureSettings,
-    Phase,
     SourceRows,
     Stop,
-    Weights,
-    parse_weights,
     pass_length,
 )
 from streamshards.plan.order import OrderSettings, resolve_order
 from streamshards.plan.state import State
 from streamshards.plan.topology import Topology
+from streamshards.plan.weights import Phase, Weights, parse_weights
 from streamshards.runtime import RankSource, usable_cores
 from streamshards.shard.columns import Columns
 from streamshards.shard.schema import Schema, unite

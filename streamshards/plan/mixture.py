@@ -10,45 +10,43 @@ Theory
 3. **Uses.** The i-th use of source s in lane ℓ, counted from the stream's begin, takes ``x = i·K + ℓ``. So two lanes
    never take the same x, and lane ℓ stays in one lane of the source during each of its epochs (because K_s = K), but
    for the fewer than K rows of the epoch's tail.
-4. **Blocks.** A lane's slots are cut into blocks of M = ``MIXTURE_BLOCK``. In block q source s has c_s(q) slots, the
-   same in every lane. The list "source 0 c_0 times, source 1 c_1 times, …" is permuted by the key (seed, lane, block);
-   in the key, blocks are numbered over all phases, so no key comes twice.
-5. **Counts.** Weights w_s are exact fractions of sum 1. With ``w_s·M = ⌊w_s·M⌋ + f_s``, the F = Σf_s slots that
-   rounding leaves over go to distinct sources by systematic sampling: with A_s = f_0 + … + f_{s-1} and u_q the van der
-   Corput radical inverse of q in base 2, ``e_s(q) = ⌈A_{s+1} − u_q⌉ − ⌈A_s − u_q⌉``. As f_s < 1, e_s is 0 or 1; the
-   sum telescopes to F. So ``|c_s(q) − w_s·M| < 1`` in every block.
-6. **Sums of counts** are closed form: ``Σ_{q<Q} ⌈A − u_q⌉ = Q·⌊A⌋ + #{q < Q: u_q < A mod 1}``. For the last count, Q
-   is cut by its binary digits into aligned runs; the u_q of a run of 2^j are a lattice of spacing 2^-j that begins at
-   the radical inverse of the run's first number. The error ``#{q < Q: u_q < a} − Q·a`` lies in [0, 1 + log₂(Q)/3]
-   (Béjian and Faure 1977), and e_s is the difference of two such counts, so after Q blocks every source has its share
-   to within 1 + log₂(Q)/3 slots a lane.
+4. **Blocks.** A lane's slots are cut into blocks of M = ``MIXTURE_BLOCK``; the last block of a phase (see 7) has the
+   R ≤ M slots that are left. In block q of a phase source s has c_s(q) slots, the same in every lane. The list "source
+   0 c_0 times, source 1 c_1 times, …" is permuted by the key (seed, lane, block); in the key, blocks are numbered over
+   all phases, so no key comes twice.
+5. **Counts.** Weights w_s are exact fractions of sum 1. In a block of R slots, with ``w_s·R = ⌊w_s·R⌋ + f_s``, the
+   F = Σf_s slots that rounding leaves over go to distinct sources by systematic sampling: with A_s = f_0 + … + f_{s-1}
+   and u_q the van der Corput radical inverse of q in base 2, ``e_s(q) = ⌈A_{s+1} − u_q⌉ − ⌈A_s − u_q⌉``. As f_s < 1,
+   e_s is 0 or 1; the sum telescopes to F. So ``|c_s(q) − w_s·R| < 1`` in every block.
+6. **Sums of counts** over whole blocks are closed form: ``Σ_{q<Q} ⌈A − u_q⌉ = Q·⌊A⌋ + #{q < Q: u_q < A mod 1}``. For
+   the last count, Q is cut by its binary digits into aligned runs; the u_q of a run of 2^j are a lattice of spacing
+   2^-j that begins at the radical inverse of the run's first number. The error ``#{q < Q: u_q < a} − Q·a`` lies in
+   [0, 1 + log₂(Q)/3] (Béjian and Faure 1977), and e_s is the difference of two such counts, so after Q whole blocks of
+   a phase every source has its share to within 1 + log₂(Q)/3 slots a lane.
 7. **Phases.** Weights may change: a phase begins, in every lane, with the first whole round of the interleave (K·b
-   positions) at or after its ``from_sample``: at slot ``⌈from_sample / (K·b)⌉·b``. Its blocks start with q = 0. Its
-   last block may be cut short: a prefix of the permuted slots is used. What a prefix holds differs from lane to lane,
-   so the uses before a later phase are counted per lane, from one block table for each phase before it.
+   positions) at or after its ``from_sample``: at slot ``⌈from_sample / (K·b)⌉·b``. Its blocks start with q = 0.
 8. **Passes.** What a training loop calls epoch e is the positions ``[e·T, (e+1)·T)``. Later passes go on where the
    earlier ended; sources do not begin anew.
 
-What follows: in the first phase, once all lanes are through the same number of blocks, the x that source s has used
-are ``0 … C·K − 1``. In between, and after a phase that ended within a block, lanes differ by what their block tables
-happen to hold early: no x is used twice, but some are used before smaller ones. So a pass that stops at
+What follows: wherever all lanes are through the same blocks, so also where a phase begins, the x that source s has used
+are ``0 … C·K − 1``, and use i of a source is in the same block in every lane. Within a block, lanes differ by what
+their permutations bring early: no x is used twice, but some are used before smaller ones. So a pass that stops at
 "first_exhausted" leaves a few samples of that source for the next pass. And as passes go on, a later pass may use the
 end of one epoch of a source and the begin of its next: only the first pass promises what its stop rule says.
 
-Not elegant yet: finding where a source ends builds a block table for every lane (about 50 µs each), and so does
-counting; after P phases, P tables a lane.
+Not elegant yet: finding where a source ends, and counting at a place within a block, permute one block for every lane
+(about 50 µs each).
 """
 
 from __future__ import annotations
 
 from bisect import bisect_right
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from fractions import Fraction
 from functools import lru_cache
 from itertools import accumulate, pairwise
-from math import isfinite, lcm
-from numbers import Rational, Real
+from math import lcm
 from typing import Final, Literal, NamedTuple, TypeAlias
 
 import numpy as np
@@ -57,19 +55,18 @@ import numpy.typing as npt
 from streamshards.errors import OptionInvalid
 from streamshards.options import require_int
 from streamshards.plan.order import Draw, EpochOrder, Int64Array, Lane, OrderSettings, Places, keyed_permutation
+from streamshards.plan.weights import Phase, require_ascending
 
 MIXTURE_BLOCK: Final = 1000
 """Slots of a block: weights of up to three decimals hold exactly in every block."""
 
 _INT64_MAX: Final = 2**63 - 1
 _MAX_SOURCES: Final = 2**16
-"""Block tables hold a source in 16 bits: small, and numpy sorts them by radix."""
+"""Blocks hold a source in 16 bits: small, and numpy sorts them by radix."""
 _SPARE_TABLES: Final = 64
 _MOST_TABLES: Final = 4096
-"""A reader of L lanes needs L block tables (4 KB each) to hand, and a few for lanes already in their next block."""
+"""A reader of L lanes needs L block tables (2 KB each) to hand, and a few for lanes already in their next block."""
 
-Number: TypeAlias = int | float | Fraction
-Weights: TypeAlias = Mapping[str, Number] | Sequence[tuple[int, Mapping[str, Number]]]
 Stop: TypeAlias = int | Literal["first_exhausted", "all_exhausted"]
 Uint16Array: TypeAlias = npt.NDArray[np.uint16]
 
@@ -107,91 +104,11 @@ class MixtureSettings:
             require_int(getattr(self, name), name=name, minimum=1)
 
 
-@dataclass(frozen=True, slots=True)
-class Phase:
-    """The weights from one stream position on (about: see Theory, 7)."""
-
-    from_sample: int
-    weights: tuple[Fraction, ...]
-    """One for each source, in their order; none negative, sum 1."""
-
-    def __post_init__(self) -> None:
-        require_int(self.from_sample, name="from_sample", minimum=0)
-        if min(self.weights, default=Fraction(0)) < 0 or sum(self.weights) != 1:
-            raise OptionInvalid(f"weights={self.weights!r} of a phase must not be negative, and have the sum 1")
-
-
-# -- wishes → phases ---------------------------------------------------------------------------------------------------
-
-
-def parse_weights(weights: Weights, names: Sequence[str]) -> tuple[Phase, ...]:
-    """Return the phases that *weights* asks for.
-
-    Args:
-        weights: One weight for each source, of any sum: ``{"web": 0.7, "code": 0.3}``; or, to change them, a list of
-            (from_sample, weights), the first from 0, ascending. A float means what it prints: 0.7 is 7/10.
-        names: The sources, in order.
-
-    Raises:
-        OptionInvalid: An unknown or missing source; a weight that is not a number of at least 0; no weight above 0;
-            phases out of order.
-    """
-    if isinstance(weights, Mapping):
-        return (Phase(0, _normalised(weights, names, of="weights")),)
-    if not isinstance(weights, (list, tuple)):
-        raise OptionInvalid(f"weights={weights!r} must be a dict of weights, or a list of (from_sample, weights)")
-    phases = tuple(_phase(number, item, names) for number, item in enumerate(weights))
-    _require_ascending(phases)
-    return phases
-
-
-def _phase(number: int, item: object, names: Sequence[str]) -> Phase:
-    if not isinstance(item, (tuple, list)) or len(item) != 2 or not isinstance(item[1], Mapping):
-        raise OptionInvalid(f"weights[{number}]={item!r} must be a pair (from_sample, weights by source)")
-    from_sample = require_int(item[0], name=f"from_sample of weights[{number}]", minimum=0)
-    return Phase(from_sample, _normalised(item[1], names, of=f"weights[{number}] (from sample {from_sample:,})"))
-
-
-def _normalised(weights: Mapping[str, Number], names: Sequence[str], *, of: str) -> tuple[Fraction, ...]:
-    unknown = [name for name in weights if name not in names]
-    missing = [name for name in names if name not in weights]
-    if unknown:
-        raise OptionInvalid(f"{of}: there is no source {unknown[0]!r}; the sources are {', '.join(map(repr, names))}")
-    if missing:
-        raise OptionInvalid(f"{of}: no weight for {missing[0]!r}; write 0 to leave a source out")
-    exact = [_exact(weights[name], name=f"{of}: {name!r}") for name in names]
-    total = sum(exact)
-    if total == 0:
-        raise OptionInvalid(f"{of}: at least one weight must be above 0")
-    return tuple(weight / total for weight in exact)
-
-
-def _exact(weight: object, *, name: str) -> Fraction:
-    exact = None
-    if isinstance(weight, Rational):
-        exact = Fraction(int(weight.numerator), int(weight.denominator))
-    elif isinstance(weight, Real) and isfinite(weight):
-        exact = Fraction(str(weight))
-    if exact is None or exact < 0 or type(weight) is bool:
-        raise OptionInvalid(f"{name}: weight {weight!r} must be a number of at least 0")
-    return exact
-
-
-def _require_ascending(phases: Sequence[Phase]) -> None:
-    if not phases or phases[0].from_sample != 0:
-        raise OptionInvalid(f"weights must begin with a phase from sample 0; they begin {phases[:1]!r}")
-    for before, after in pairwise(phases):
-        if after.from_sample <= before.from_sample:
-            raise OptionInvalid(
-                f"phases of weights must ascend: from_sample={after.from_sample:,} stands after {before.from_sample:,}"
-            )
-
-
 def _require_sources(sources: Sequence[SourceRows], phases: Sequence[Phase]) -> None:
     """Check that phases and sources fit together."""
     if not 1 <= len(sources) <= _MAX_SOURCES:
         raise OptionInvalid(f"a mixture of {len(sources):,} sources: it takes 1 to {_MAX_SOURCES:,}")
-    _require_ascending(phases)
+    require_ascending(phases)
     for phase in phases:
         if len(phase.weights) != len(sources):
             raise OptionInvalid(
@@ -205,107 +122,117 @@ def _require_sources(sources: Sequence[SourceRows], phases: Sequence[Phase]) -> 
 # -- how many slots of a block a source has ----------------------------------------------------------------------------
 
 
-def _radical_inverse(number: int) -> tuple[int, int]:
-    """Return (v, bits): the van der Corput number of *number* in base 2 is ``v / 2**bits``."""
-    bits = number.bit_length()
-    return int(f"{number:b}"[::-1], 2), bits
-
-
-class _Shares:
-    """How many slots each source has in the blocks of a phase. All in whole numbers of any size: exact.
+class _Stretch:
+    """Consecutive blocks of one phase and of one length. All in whole numbers of any size: exact.
 
     Args:
         weights: Of each source; sum 1.
+        num_slots: Of a block.
+        number: Of the first block in its phase: the q of theory 5.
+        first_block: The same block, numbered over all phases.
+        start: Its first slot.
+        before: The slots of each source in a lane before that.
     """
 
-    def __init__(self, weights: Sequence[Fraction]) -> None:
-        shares = [weight * MIXTURE_BLOCK for weight in weights]
-        self._shares = shares
+    def __init__(
+        self, weights: Sequence[Fraction], num_slots: int, number: int, first_block: int, start: int, before: list[int]
+    ) -> None:
+        self.first_block = first_block
+        self.start = start
+        self._number = number
+        self._before = before
+        shares = [weight * num_slots for weight in weights]
         self._whole = [share.numerator // share.denominator for share in shares]
         parts = [share - whole for share, whole in zip(shares, self._whole, strict=True)]
         self._unit = lcm(*(part.denominator for part in parts))
         self._sums = list(accumulate((int(part * self._unit) for part in parts), initial=0))
         """A_0 … A_S, in units of 1/unit."""
 
-    def in_block(self, block: int) -> Int64Array:
-        """Return the slots of each source in block *block*: int64 ``(S,)``, together M."""
-        v, bits = _radical_inverse(block)
-        ceils = [-((v * self._unit - (a << bits)) // (self._unit << bits)) for a in self._sums]
-        return self._with_extras(1, ceils)
+    def block_of(self, slot: int) -> int:
+        return self.first_block + (slot - self.start) // MIXTURE_BLOCK
 
-    def before(self, block: int) -> Int64Array:
-        """Return the slots of each source in all blocks before *block*: int64 ``(S,)``."""
-        return self._with_extras(block, [self._ceils(a, block) for a in self._sums])
+    def start_of(self, block: int) -> int:
+        return self.start + (block - self.first_block) * MIXTURE_BLOCK
 
-    def of_source_before(self, source: int, block: int) -> int:
-        """Return the same for one source, as large as it may be."""
-        extras = self._ceils(self._sums[source + 1], block) - self._ceils(self._sums[source], block)
-        return block * self._whole[source] + extras
+    def uses_before(self, block: int, sources: range) -> list[int]:
+        """Return how many slots each of *sources* has in a lane before *block*."""
+        count = block - self.first_block
+        extras = [self._ceils(a, count) for a in self._sums[sources.start : sources.stop + 1]]
+        return [
+            self._before[source] + count * self._whole[source] + b - a
+            for source, (a, b) in zip(sources, pairwise(extras), strict=True)
+        ]
 
-    def block_of_use(self, source: int, use: int, *, last: int) -> int:
-        """Return the block that holds use *use* (from 0) of a source whose weight is above 0.
-
-        If that block lies after *last*, return ``last + 1``.
-        """
-        share = self._shares[source]
-        about = int((use + 1) / share) + 1
-        slack = about.bit_length() + 4  # more than 1 + log₂(blocks)/3, the bound of Theory, 6
-        lo, hi = max(0, int((use - slack) / share)), int((use + slack) / share) + 1
-        if lo > last or (hi > last and self.of_source_before(source, last + 1) <= use):
-            return last + 1
-        hi = min(hi, last + 1)
-        while hi - lo > 1:  # invariant: as many uses before lo as fit, more than *use* before hi
-            middle = (lo + hi) // 2
-            if self.of_source_before(source, middle) <= use:
-                lo = middle
-            else:
-                hi = middle
-        return lo
-
-    def _with_extras(self, num_blocks: int, ceils: Sequence[int]) -> Int64Array:
-        counts = [num_blocks * whole + b - a for whole, (a, b) in zip(self._whole, pairwise(ceils), strict=True)]
-        return np.array(counts, dtype=np.int64)
-
-    def _ceils(self, a: int, num_blocks: int) -> int:
-        """Return Σ ⌈a/unit − u_q⌉ over the q below *num_blocks*."""
+    def _ceils(self, a: int, count: int) -> int:
+        """Return Σ ⌈a/unit − u_q⌉ over *count* numbers q, from that of the first block on."""
         whole, part = divmod(a, self._unit)
-        return num_blocks * whole + self._num_below(part, num_blocks)
+        return count * whole + self._num_below(part, self._number + count) - self._num_below(part, self._number)
 
-    def _num_below(self, part: int, num_blocks: int) -> int:
-        """Return how many of the q below *num_blocks* have u_q < part/unit."""
+    def _num_below(self, part: int, count: int) -> int:
+        """Return how many of the q below *count* have u_q < part/unit."""
         if part == 0:
             return 0
-        bits = num_blocks.bit_length()
+        bits = count.bit_length()
         first = 0  # the radical inverse of the run's first number, times 2**bits
         found = 0
         for j in reversed(range(bits)):
-            if num_blocks >> j & 1:  # the run: 2**j numbers, their u at first/2**bits + t/2**j
+            if count >> j & 1:  # the run: 2**j numbers, their u at first/2**bits + t/2**j
                 room = ((part << bits) - first * self._unit) << j
                 found += -(-room // (self._unit << bits))  # never below 0: the lattice begins below its spacing
                 first += 1 << (bits - 1 - j)
         return found
 
 
+def _stretches(phases: Sequence[Phase], settings: MixtureSettings) -> list[_Stretch]:
+    """Return the whole blocks of each phase, then its last block if that is shorter. The last phase has no end."""
+    starts = _start_slots(phases, settings)
+    stops = [*starts[1:], starts[-1] + MIXTURE_BLOCK * _INT64_MAX]
+    out: list[_Stretch] = []
+    block, before = 0, [0] * len(phases[0].weights)
+    for phase, start, stop in zip(phases, starts, stops, strict=True):
+        whole, rest = divmod(stop - start, MIXTURE_BLOCK)
+        for number, count, num_slots in ((0, whole, MIXTURE_BLOCK), (whole, 1, rest)):
+            if count > 0 and num_slots > 0:
+                first_slot = start + number * MIXTURE_BLOCK
+                out.append(_Stretch(phase.weights, num_slots, number, block, first_slot, before))
+                block += count
+                before = out[-1].uses_before(block, range(len(before)))
+    return out
+
+
+def _start_slots(phases: Sequence[Phase], settings: MixtureSettings) -> list[int]:
+    """Return the slot of every lane with which each phase begins."""
+    period = settings.lanes * settings.chunk
+    return [min(-(-phase.from_sample // period) * settings.chunk, _INT64_MAX) for phase in phases]
+
+
 # -- the stream: position → source, use --------------------------------------------------------------------------------
 
 
-class _Counts(NamedTuple):
-    """Slots of each source, int64 ``(S,)``, the same in every lane."""
+class _Block(NamedTuple):
+    """One block as it is in every lane: its list, see Theory, 4."""
 
-    in_block: Int64Array
+    start: int
+    """The first slot."""
+    counts: Int64Array
+    """Items of each source, int64 ``(S,)``."""
     before: Int64Array
-    """In the blocks of the same phase before it."""
-
-
-class _Table(NamedTuple):
-    """One block of one lane."""
-
+    """Uses of each source in the lane before the block, int64 ``(S,)``."""
     sources: Uint16Array
-    """Which source each slot has, ``(M,)``."""
-    nth: Uint16Array
-    """The number of this use among its source's uses in the block, ``(M,)``, from 0."""
-    before: Int64Array
-    """Uses of each source in the lane before the block, ``(S,)``."""
+    """The source of each item, ``(R,)``."""
+    uses: Int64Array
+    """The number of each item among its source's uses in the lane, int64 ``(R,)``."""
+
+
+class _Uses(NamedTuple):
+    """One use of a source in each of some lanes: where they are in the same block."""
+
+    lanes: range
+    block: int
+    item: int
+    """Of the block's list."""
+    slots: range
+    """All slots that it may have, whatever the permutation."""
 
 
 class _Stream:
@@ -316,21 +243,16 @@ class _Stream:
 
     def __init__(self, phases: Sequence[Phase], settings: MixtureSettings) -> None:
         self.settings = settings
-        self.phases = phases
+        self.num_phases = len(phases)
         self.num_sources = len(phases[0].weights)
         self.last_position = _INT64_MAX // settings.lanes
         """Up to here nothing leaves int64."""
-        lanes, chunk = settings.lanes, settings.chunk
-        self._starts = [min(-(-p.from_sample // (lanes * chunk)) * chunk, _INT64_MAX) for p in phases]
-        num_blocks = [-(-(stop - start) // MIXTURE_BLOCK) for start, stop in pairwise(self._starts)]
-        self._first_blocks = list(accumulate(num_blocks, initial=0))
-        self._starts_array = np.array(self._starts, dtype=np.int64)
-        self._first_blocks_array = np.array(self._first_blocks, dtype=np.int64)
-        self._shares = [_Shares(phase.weights) for phase in phases]
-        self._uses_by_lane: dict[int, list[Int64Array]] = {}
-        self._counts: Callable[[int], _Counts] = lru_cache(_SPARE_TABLES)(self._make_counts)
-        num_tables = min(lanes, _MOST_TABLES) + _SPARE_TABLES
-        self._table: Callable[[int, int], _Table] = lru_cache(num_tables)(self._make_table)
+        self._stretches = _stretches(phases, settings)
+        self._starts = np.array([stretch.start for stretch in self._stretches], dtype=np.int64)
+        self._first_blocks = np.array([stretch.first_block for stretch in self._stretches], dtype=np.int64)
+        self._block: Callable[[int], _Block] = lru_cache(_SPARE_TABLES)(self._make_block)
+        num_tables = min(settings.lanes, _MOST_TABLES) + _SPARE_TABLES
+        self._table: Callable[[int, int], Uint16Array] = lru_cache(num_tables)(self._make_table)
 
     def at(self, positions: Int64Array) -> tuple[Int64Array, Int64Array, Int64Array]:
         """Return the lane, the source and the source's stream sample of each position."""
@@ -338,157 +260,140 @@ class _Stream:
         chunks, within = np.divmod(positions, chunk)
         rounds, lane = np.divmod(chunks, lanes)
         slots = rounds * chunk + within
-        phases = self._starts_array.searchsorted(slots, "right") - 1
-        blocks, slots = np.divmod(slots - self._starts_array[phases], MIXTURE_BLOCK)
-        blocks += self._first_blocks_array[phases]
+        stretches = self._starts.searchsorted(slots, "right") - 1
+        blocks, slots = np.divmod(slots - self._starts[stretches], MIXTURE_BLOCK)
+        blocks += self._first_blocks[stretches]
         source, sample = np.empty_like(positions), np.empty_like(positions)
-        for key, here in _groups(blocks * lanes + lane):
-            block, of_lane = divmod(key, lanes)
-            table = self._table(of_lane, block)
-            at = slots[here]
-            source[here] = sources = table.sources[at]
-            sample[here] = (table.before[sources] + table.nth[at]) * lanes + of_lane
+        for number, here in _groups(blocks):
+            of_block, lane_here, slots_here = self._block(number), lane[here], slots[here]
+            items = np.empty(len(here), dtype=np.uint16)
+            for of_lane, there in _groups(lane_here):
+                items[there] = self._table(of_lane, number)[slots_here[there]]
+            source[here] = of_block.sources[items]
+            sample[here] = of_block.uses[items] * lanes + lane_here
         return lane, source, sample
 
     def counts(self, position: int) -> Int64Array:
         """Return how many of the positions before *position* each source has: int64 ``(S,)``."""
         lanes, chunk = self.settings.lanes, self.settings.chunk
         rounds, rest = divmod(position, lanes * chunk)
-        total = np.zeros(self.num_sources, dtype=np.int64)
-        for lane in range(lanes):
-            slot = rounds * chunk + min(max(rest - lane * chunk, 0), chunk)
-            total += self._uses_before_slot(lane, slot)
-        return total
+        full, part = divmod(rest, chunk)  # lanes that are through the round; slots of the next lane in it
+        slot = rounds * chunk
+        uses = np.zeros(self.num_sources, dtype=np.int64)
+        groups = ((range(full), slot + chunk), (range(full, full + 1), slot + part), (range(full + 1, lanes), slot))
+        for of_lanes, stop in groups:
+            if of_lanes:  # else *stop* may not fit 64 bits
+                uses += self._uses_before(of_lanes, stop)
+        return uses
+
+    def _uses_before(self, lanes: range, slot: int) -> Int64Array:
+        """Return how many slots each source has before slot *slot* of all *lanes*: int64 ``(S,)``."""
+        number = self._stretch_at(slot).block_of(slot)
+        block = self._block(number)
+        uses = block.before * len(lanes)
+        if slot > block.start:
+            came = np.zeros(len(block.sources), dtype=np.int64)  # in how many lanes, for each item of the list
+            for lane in lanes:
+                came[self._permutation(lane, number)[: slot - block.start]] += 1
+            uses += np.bincount(block.sources, came, self.num_sources).astype(np.int64)
+        return uses
 
     # -- finding a use of a source ---------------------------------------------------------------------------------
 
-    def blocks_of_uses(self, source: int, uses: Int64Array) -> tuple[Int64Array, Int64Array]:
-        """Return the block with use ``uses[ℓ]`` of *source* of each lane ℓ, and that use's number in the block.
+    def uses(self, source: int, use: int, lanes: range) -> list[_Uses]:
+        """Return where each of *lanes* comes to use *use* of *source*.
 
-        The block is −1 where that use never comes, or beyond the last position.
+        Nothing if *lanes* are none, or if it never comes or beyond the last position.
         """
-        blocks = np.full(len(uses), -1, dtype=np.int64)
-        nth = np.zeros(len(uses), dtype=np.int64)
-        left = np.arange(len(uses), dtype=np.int64)
-        for phase, shares in enumerate(self._shares):
-            before = self._uses_of_source_before_phase(left, source, phase)
-            here = np.ones(len(left), dtype=np.bool_)
-            if phase + 1 < len(self.phases):
-                here = uses[left] < self._uses_of_source_before_phase(left, source, phase + 1)
-            if self.phases[phase].weights[source] > 0:
-                wanted, which = np.unique((uses[left] - before)[here], return_inverse=True)
-                found = [self._block_of_use(shares, source, phase, use) for use in wanted.tolist()]
-                pairs = np.array(found, dtype=np.int64).reshape(-1, 2)[which]
-                blocks[left[here]], nth[left[here]] = pairs[:, 0], pairs[:, 1]
-            left = left[~here]
-            if len(left) == 0:
-                break
-        return blocks, nth
+        slot = self.last_position // self.settings.lanes
+        last = self._stretch_at(slot).block_of(slot)
+        number = bisect_right(range(last + 1), use, key=lambda block: self._uses_before_block(block, source)) - 1
+        if not lanes or number == last:
+            return []
+        block = self._block(number)
+        nth = use - int(block.before[source])
+        slots = range(block.start + nth, block.start + nth + len(block.sources) - int(block.counts[source]) + 1)
+        return [_Uses(lanes, number, int(block.counts[:source].sum()) + nth, slots)]
 
-    def first_position(self, block: int) -> int:
-        """Return a position at or before all that *block* holds, in any lane."""
-        chunk = self.settings.chunk
-        return self._first_slot(block) // chunk * chunk * self.settings.lanes
+    def slot_of(self, uses: _Uses, lane: int) -> int:
+        """Return the slot in *lane* of what *uses* has there."""
+        return self._block(uses.block).start + int((self._table(lane, uses.block) == uses.item).argmax())
 
-    def stop_position(self, block: int) -> int:
-        """Return a position after all that *block* holds, in any lane."""
-        chunk = self.settings.chunk
-        return ((self._first_slot(block) + MIXTURE_BLOCK - 1) // chunk + 1) * chunk * self.settings.lanes
+    def position_of(self, lane: int, slot: int) -> int:
+        """Return the position of slot *slot* of *lane*."""
+        rounds, within = divmod(slot, self.settings.chunk)
+        return (rounds * self.settings.lanes + lane) * self.settings.chunk + within
 
-    def position_of(self, lane: int, block: int, source: int, nth: int) -> int:
-        """Return the position of the *nth* use of *source* in *block* of *lane*."""
-        within = int(np.flatnonzero(self._table(lane, block).sources == source)[nth])
-        rounds, rest = divmod(self._first_slot(block) + within, self.settings.chunk)
-        return (rounds * self.settings.lanes + lane) * self.settings.chunk + rest
+    # -- blocks ----------------------------------------------------------------------------------------------------
 
-    def _block_of_use(self, shares: _Shares, source: int, phase: int, use: int) -> tuple[int, int]:
-        last = (self.last_position // self.settings.lanes - self._starts[phase]) // MIXTURE_BLOCK - 1
-        block = shares.block_of_use(source, use, last=last)
-        if block > last:
-            return -1, 0
-        return self._first_blocks[phase] + block, use - shares.of_source_before(source, block)
+    def _stretch_at(self, slot: int) -> _Stretch:
+        return self._stretches[int(self._starts.searchsorted(slot, "right")) - 1]
 
-    # -- blocks, phases --------------------------------------------------------------------------------------------
+    def _stretch_of(self, block: int) -> _Stretch:
+        return self._stretches[int(self._first_blocks.searchsorted(block, "right")) - 1]
 
-    def _phase_of(self, block: int) -> int:
-        return bisect_right(self._first_blocks, block) - 1
+    def _uses_before_block(self, block: int, source: int) -> int:
+        return self._stretch_of(block).uses_before(block, range(source, source + 1))[0]
 
-    def _first_slot(self, block: int) -> int:
-        phase = self._phase_of(block)
-        return self._starts[phase] + (block - self._first_blocks[phase]) * MIXTURE_BLOCK
+    def _make_block(self, block: int) -> _Block:
+        stretch, everything = self._stretch_of(block), range(self.num_sources)
+        before = np.array(stretch.uses_before(block, everything), dtype=np.int64)
+        counts = np.array(stretch.uses_before(block + 1, everything), dtype=np.int64) - before
+        sources = np.arange(self.num_sources, dtype=np.uint16).repeat(counts)
+        nth = np.arange(len(sources)) - (counts.cumsum() - counts).repeat(counts)
+        return _Block(stretch.start_of(block), counts, before, sources, before[sources] + nth)
 
-    def _make_counts(self, block: int) -> _Counts:
-        phase = self._phase_of(block)
-        number = block - self._first_blocks[phase]
-        return _Counts(self._shares[phase].in_block(number), self._shares[phase].before(number))
+    def _make_table(self, lane: int, block: int) -> Uint16Array:
+        """Return which item each slot of *block* in *lane* has, if a source's items come in the list's order."""
+        sources = self._block(block).sources[self._permutation(lane, block)]
+        items = np.empty_like(sources)
+        items[sources.argsort(kind="stable")] = np.arange(len(sources))
+        return items
 
-    def _make_table(self, lane: int, block: int) -> _Table:
-        counts = self._counts(block)
-        sources = self._sources_of(lane, block)
-        nth = np.empty(MIXTURE_BLOCK, dtype=np.uint16)
-        starts = counts.in_block.cumsum() - counts.in_block
-        nth[sources.argsort(kind="stable")] = np.arange(MIXTURE_BLOCK) - starts.repeat(counts.in_block)
-        before = self._uses_before_phase(lane, self._phase_of(block)) + counts.before
-        return _Table(sources, nth, before)
-
-    def _sources_of(self, lane: int, block: int) -> Uint16Array:
-        """Return the source of each slot of *block* in *lane*."""
-        in_list = np.arange(self.num_sources, dtype=np.uint16).repeat(self._counts(block).in_block)
-        return in_list[
-            keyed_permutation(
-                MIXTURE_BLOCK, seed=self.settings.seed, epoch=0, draw=Draw.MIXTURE, lane=lane, block=block
-            )
-        ]
-
-    def _uses_before_slot(self, lane: int, slot: int) -> Int64Array:
-        """Return how often *lane* uses each source in its slots before *slot*: int64 ``(S,)``."""
-        phase = bisect_right(self._starts, slot) - 1
-        return self._uses_before_phase(lane, phase) + self._uses_in_phase(lane, phase, slot - self._starts[phase])
-
-    def _uses_before_phase(self, lane: int, phase: int) -> Int64Array:
-        """Return how often *lane* uses each source before *phase*: int64 ``(S,)``."""
-        known = self._uses_by_lane.get(lane, [np.zeros(self.num_sources, dtype=np.int64)])
-        if len(known) <= phase:
-            known = known.copy()  # another thread may read the old list, or extend it too
-            for last in range(len(known) - 1, phase):
-                length = self._starts[last + 1] - self._starts[last]
-                known.append(known[-1] + self._uses_in_phase(lane, last, length))
-            self._uses_by_lane[lane] = known
-        return known[phase]
-
-    def _uses_of_source_before_phase(self, lanes: Int64Array, source: int, phase: int) -> Int64Array:
-        """Return how often each of *lanes* uses *source* before *phase*: int64, of the same length."""
-        if phase == 0:
-            return np.zeros(len(lanes), dtype=np.int64)
-        uses = [self._uses_before_phase(lane, phase)[source] for lane in lanes.tolist()]
-        return np.array(uses, dtype=np.int64)
-
-    def _uses_in_phase(self, lane: int, phase: int, num_slots: int) -> Int64Array:
-        """Return how often *lane* uses each source in the first *num_slots* slots of *phase*: int64 ``(S,)``."""
-        whole, rest = divmod(num_slots, MIXTURE_BLOCK)
-        uses = self._shares[phase].before(whole)
-        if rest:
-            cut = self._sources_of(lane, self._first_blocks[phase] + whole)[:rest]
-            uses += np.bincount(cut, minlength=self.num_sources)
-        return uses
+    def _permutation(self, lane: int, block: int) -> Int64Array:
+        """Return which item of the list comes to each slot of *block* in *lane*."""
+        num_slots, seed = len(self._block(block).sources), self.settings.seed
+        return keyed_permutation(num_slots, seed=seed, epoch=0, draw=Draw.MIXTURE, lane=lane, block=block)
 
 
-def _groups(keys: Int64Array) -> Iterator[tuple[int, Int64Array]]:
-    """Yield each key once, ascending, with where it stands in *keys*. Fast if equal keys stand in runs."""
-    if len(keys) == 0:
-        return
-    begins = np.concatenate([[0], np.flatnonzero(keys[1:] != keys[:-1]) + 1])
-    lengths = np.diff(begins, append=len(keys))
-    by_key = keys[begins].argsort(kind="stable")
-    begins, lengths = begins[by_key], lengths[by_key]
-    stops = lengths.cumsum()
-    places = (begins - (stops - lengths)).repeat(lengths) + np.arange(len(keys))
-    run_keys = keys[begins]
-    last = np.flatnonzero(np.append(run_keys[1:] != run_keys[:-1], True))
-    start = 0
-    for key, stop in zip(run_keys[last].tolist(), stops[last].tolist(), strict=True):
-        yield key, places[start:stop]
-        start = stop
+def _groups(keys: Int64Array | Uint16Array) -> Iterator[tuple[int, Int64Array]]:
+    """Yield each key once, ascending, with where it stands in *keys*.
+
+    Fast for 16 bits (radix sort), and for keys that ascend over long stretches (timsort).
+    """
+    places = keys.argsort(kind="stable")
+    ordered = keys[places]
+    begins = np.flatnonzero(np.append(len(keys) > 0, ordered[1:] != ordered[:-1]))
+    for key, (begin, stop) in zip(ordered[begins].tolist(), pairwise([*begins.tolist(), len(keys)]), strict=True):
+        yield key, places[begin:stop]
+
+
+# -- which weights have shaped what -----------------------------------------------------------------------------------
+
+
+def settled_phases(phases: Sequence[Phase], settings: MixtureSettings, position: int) -> int:
+    """Return how many of *phases* have had a part in the positions before *position*; the others may still change.
+
+    A phase shapes more than its own positions: the block before it is as long as it leaves it.
+    """
+    lanes, chunk = settings.lanes, settings.chunk
+    starts = _start_slots(phases, settings)
+    for number, (before, start) in enumerate(pairwise(starts), 1):
+        rounds, within = divmod(start - (start - before) % MIXTURE_BLOCK, chunk)
+        if rounds * chunk * lanes + within >= position:
+            return number
+    return len(phases)
+
+
+def earliest_change(phases: Sequence[Phase], settings: MixtureSettings, position: int) -> int:
+    """Return a ``from_sample`` that is about the first at which a phase can begin that does not change what came before
+    *position*: where the block under way ends."""
+    lanes, chunk = settings.lanes, settings.chunk
+    settled = phases[: settled_phases(phases, settings, position)]
+    start = _start_slots(settled, settings)[-1]
+    reached = max(-(-position // (lanes * chunk)) * chunk, start)
+    end = start + -(-(reached - start) // MIXTURE_BLOCK) * MIXTURE_BLOCK
+    return -(-end // chunk) * chunk * lanes
 
 
 # -- how long a pass is ------------------------------------------------------------------------------------------------
@@ -515,61 +420,42 @@ def pass_length(stop: Stop, sources: Sequence[SourceRows], phases: Sequence[Phas
     return require_int(stop, name='stop ("first_exhausted", "all_exhausted" or a number of samples)', minimum=1)
 
 
-class _Use(NamedTuple):
-    """A use of a source in a lane, as far as it is found without a block table."""
-
-    block: int
-    lane: int
-    source: int
-    nth: int
-
-
-def _uses_per_epoch(source: SourceRows, lanes: int) -> Int64Array:
-    """Return how many samples of the source's first epoch each lane takes: the i with i·K + ℓ < N."""
-    rounds, rest = divmod(source.num_samples, lanes)
-    uses = np.full(lanes, rounds, dtype=np.int64)
-    uses[:rest] += 1
-    return uses
-
-
-def _found_uses(stream: _Stream, source: int, lanes: Int64Array, uses: Int64Array) -> Iterable[_Use]:
-    """Return where each lane of *lanes* comes to its use *uses* of *source*."""
-    blocks, nth = stream.blocks_of_uses(source, uses)
-    return map(_Use, blocks[lanes].tolist(), lanes.tolist(), (source,) * len(lanes), nth[lanes].tolist())
-
-
 def _first_exhausted(sources: Sequence[SourceRows], stream: _Stream) -> int:
-    lanes = np.arange(stream.settings.lanes, dtype=np.int64)
-    uses: list[_Use] = []
+    lanes = stream.settings.lanes
+    again: list[_Uses] = []  # the first use in each lane with i·K + ℓ ≥ N
     for number, source in enumerate(sources):
-        found = _found_uses(stream, number, lanes, _uses_per_epoch(source, len(lanes)))
-        uses += (use for use in found if use.block >= 0)
+        rounds, rest = divmod(source.num_samples, lanes)
+        again += stream.uses(number, rounds + 1, range(rest)) + stream.uses(number, rounds, range(rest, lanes))
     first = stream.last_position + 1
-    for use in sorted(uses):
-        if stream.first_position(use.block) >= first:
-            break
-        first = min(first, stream.position_of(use.lane, use.block, use.source, use.nth))
+    for uses in sorted(again, key=lambda uses: uses.slots[0]):
+        for lane in uses.lanes:
+            if stream.position_of(lane, uses.slots[0]) >= first:
+                break  # so it is in all later lanes
+            first = min(first, stream.position_of(lane, stream.slot_of(uses, lane)))
     if first > stream.last_position:
         raise OptionInvalid('stop="first_exhausted" would come after more positions than fit 64 bits')
     return first
 
 
 def _all_exhausted(sources: Sequence[SourceRows], stream: _Stream) -> int:
-    uses: list[_Use] = []
+    lanes = stream.settings.lanes
+    ends: list[_Uses] = []  # the last use in each lane with i·K + ℓ < N
     for number, source in enumerate(sources):
-        per_epoch = _uses_per_epoch(source, stream.settings.lanes)
-        found = list(_found_uses(stream, number, np.flatnonzero(per_epoch), np.maximum(per_epoch - 1, 0)))
-        if any(use.block < 0 for use in found):
+        rounds, rest = divmod(source.num_samples, lanes)
+        groups = [(rounds, range(rest)), (rounds - 1, range(rest, lanes) if rounds else range(0))]
+        found = [uses for use, of_lanes in groups for uses in stream.uses(number, use, of_lanes)]
+        if len(found) < sum(len(of_lanes) > 0 for _, of_lanes in groups):
             raise OptionInvalid(
                 f'stop="all_exhausted" would never come: the weight of source {source.name!r} is 0, or next to 0, '
                 f"before its {source.num_samples:,} samples are used; raise it, or leave the source out"
             )
-        uses += found
+        ends += found
     last = -1
-    for use in sorted(uses, reverse=True):
-        if stream.stop_position(use.block) <= last:
-            break
-        last = max(last, stream.position_of(use.lane, use.block, use.source, use.nth))
+    for uses in sorted(ends, key=lambda uses: uses.slots[-1], reverse=True):
+        for lane in reversed(uses.lanes):
+            if stream.position_of(lane, uses.slots[-1]) <= last:
+                break  # so it is in all earlier lanes
+            last = max(last, stream.position_of(lane, stream.slot_of(uses, lane)))
     return last + 1
 
 
@@ -645,7 +531,7 @@ class MixtureOrder:
         """
         lane, source, sample = self._stream.at(positions + self._start)
         lanes, offsets = np.empty_like(positions), np.empty_like(positions)
-        for number, here in _groups_of_sources(source):
+        for number, here in _groups(source.astype(np.uint16)):
             epochs, within = np.divmod(sample[here], self._num_samples[number])
             in_epoch, offsets[here] = self._locators[number].locate(within)
             lanes[here] = epochs * self._order_settings[number].lanes + in_epoch
@@ -660,7 +546,8 @@ class MixtureOrder:
     def counts(self, position: int) -> Int64Array:
         """Return how many samples each source gives before *position* of this pass, earlier passes included.
 
-        int64 ``(num_sources,)``, exact; *position* from 0 to ``num_samples``. Costs a block table a lane.
+        int64 ``(num_sources,)``, exact; *position* from 0 to ``num_samples``. Permutes one block for each lane
+        that is within a block.
         """
         return self._stream.counts(self._start + position)
 
@@ -671,7 +558,7 @@ class MixtureOrder:
         """
         source, sample = self.sources_at(positions)
         epochs, shards, rows = np.empty_like(source), np.empty_like(source), np.empty_like(source)
-        for number, here in _groups_of_sources(source):
+        for number, here in _groups(source.astype(np.uint16)):
             epochs[here], within = np.divmod(sample[here], self._num_samples[number])
             for epoch, of_epoch in _groups(epochs[here]):
                 shards[here[of_epoch]], rows[here[of_epoch]] = self._order(number, epoch).rows_at(within[of_epoch])
@@ -685,15 +572,5 @@ class MixtureOrder:
         s = self.settings
         return (
             f"MixtureOrder(epoch={self.epoch}, samples={self.num_samples:,}, sources={self.num_sources}, "
-            f"phases={len(self._stream.phases)}, seed={s.seed}, lanes={s.lanes}, chunk={s.chunk})"
+            f"phases={self._stream.num_phases}, seed={s.seed}, lanes={s.lanes}, chunk={s.chunk})"
         )
-
-
-def _groups_of_sources(source: Int64Array) -> Iterator[tuple[int, Int64Array]]:
-    """Yield each source once, with where it stands; neighbours are seldom equal, so this sorts by radix."""
-    order = source.astype(np.uint16).argsort(kind="stable")
-    numbers, counts = np.unique(source, return_counts=True)
-    stop = 0
-    for number, count in zip(numbers.tolist(), counts.tolist(), strict=True):
-        yield number, order[stop : stop + count]
-        stop += count

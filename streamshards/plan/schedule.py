@@ -10,7 +10,7 @@ from typing import NamedTuple, Protocol
 import numpy as np
 
 from streamshards.plan.assignment import Assignment
-from streamshards.plan.order import Block, EpochOrder, Int64Array, Lane, Places
+from streamshards.plan.order import Block, EpochOrder, Int64Array, Lane, Places, distinct
 
 _PLANNED_POSITIONS = 1 << 14
 """Positions located at once: numpy's fixed costs (about 50 µs) spread over many batches, 128 KiB an array."""
@@ -111,7 +111,7 @@ def _plan_group(
     by_track = None
     if len(run_at) * _SHORT_RUN > len(positions):
         steps = np.repeat(np.arange(len(ends)), lengths)
-        if len(run_at) > len(np.unique(steps[run_at] * (int(places.tracks.max()) + 1) + places.tracks[run_at])):
+        if len(run_at) > len(distinct(steps[run_at] * (int(places.tracks.max()) + 1) + places.tracks[run_at])):
             by_track = np.lexsort((places.tracks, steps))
             places = Places(*(values[by_track] for values in places))
             run_at = _run_starts(places, ends)

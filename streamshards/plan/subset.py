@@ -23,7 +23,7 @@ import numpy as np
 
 from streamshards.errors import OptionInvalid
 from streamshards.options import require_int
-from streamshards.plan.order import Draw, Int64Array, keyed_permutation
+from streamshards.plan.order import Draw, Int64Array, distinct, keyed_permutation
 
 SplitBy: TypeAlias = Literal["sample", "shard"]
 
@@ -155,7 +155,7 @@ class Subset:
         if not self.cuts:
             return rows
         real = np.empty_like(rows)
-        for shard in np.unique(shards).tolist():
+        for shard in distinct(shards).tolist():
             here = shards == shard
             real[here] = np.asarray(self.rows_of(shard), dtype=np.int64)[rows[here]]
         return real

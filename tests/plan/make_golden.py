@@ -17,8 +17,9 @@ from typing import Any
 
 import numpy as np
 
-from streamshards.plan.mixture import MixtureOrder, MixtureSettings, Phase, SourceRows, parse_weights
+from streamshards.plan.mixture import MixtureOrder, MixtureSettings, SourceRows
 from streamshards.plan.order import Draw, EpochOrder, Int64Array, OrderSettings, keyed_permutation, philox_words
+from streamshards.plan.weights import Phase, parse_weights
 
 GOLDEN = Path(__file__).parent / "golden" / "order.json"
 GOLDEN_MIXTURE = GOLDEN.with_name("mixture.json")

@@ -37,22 +37,24 @@ def radical_inverse(number: int) -> Fraction:
     return out
 
 
-def slots_of(weights: Weights, block: int) -> list[int]:
-    """Return how many of a block's slots each source has."""
+def slots_of(weights: Weights, block: int, length: int) -> list[int]:
+    """Return how many of a block's *length* slots each source has."""
     u = radical_inverse(block)
     counts, before = [], Fraction(0)
     for weight in weights:
-        whole = math.floor(weight * BLOCK)
-        after = before + weight * BLOCK - whole
+        whole = math.floor(weight * length)
+        after = before + weight * length - whole
         counts.append(whole + math.ceil(after - u) - math.ceil(before - u))
         before = after
     return counts
 
 
 @lru_cache(2000)
-def slots_in_order(weights: tuple[Fraction, ...], block: int, seed: int, lane: int, number: int) -> list[int]:
+def slots_in_order(
+    weights: tuple[Fraction, ...], block: int, length: int, seed: int, lane: int, number: int
+) -> list[int]:
     """Return the source of each slot of a block."""
-    in_list = [source for source, count in enumerate(slots_of(weights, block)) for _ in range(count)]
+    in_list = [source for source, count in enumerate(slots_of(weights, block, length)) for _ in range(count)]
     return [in_list[i] for i in naive_order.permutation(len(in_list), (seed, 0, MIXTURE_DRAW, lane, number))]
 
 
@@ -65,35 +67,40 @@ class NaiveLane:
     phase: int = 0
     block: int = 0
     blocks_of_all_phases: int = 0
-    slots: Iterator[int] = field(default_factory=lambda: iter(()))
+    slots: list[int] = field(default_factory=list)
+    """Sources of the rest of the block, the next one last."""
 
     def begin(self, phase: int) -> None:
         if phase != self.phase:
-            self.phase, self.block, self.slots = phase, 0, iter(())
+            assert self.slots == []  # blocks end where phases do
+            self.phase, self.block = phase, 0
 
-    def next_source(self, phases: Phases, seed: int) -> int:
-        for source in self.slots:
-            return source
-        weights = tuple(phases[self.phase][1])
-        self.slots = iter(slots_in_order(weights, self.block, seed, self.number, self.blocks_of_all_phases))
-        self.block += 1
-        self.blocks_of_all_phases += 1
-        return next(self.slots)
+    def next_source(self, weights: Weights, seed: int, left: int) -> int:
+        """Return the source of the next slot; *left* slots of the phase are left, this one included."""
+        if not self.slots:
+            number = self.blocks_of_all_phases
+            self.slots = slots_in_order(tuple(weights), self.block, min(left, BLOCK), seed, self.number, number)[::-1]
+            self.block += 1
+            self.blocks_of_all_phases += 1
+        return self.slots.pop()
 
 
 def stream(phases: Phases, *, seed: int, lanes: int, chunk: int) -> Iterator[Sample]:
     """Yield what each position has, for ever."""
     dealt = [NaiveLane(number, [0] * len(phases[0][1])) for number in range(lanes)]
-    position = 0
+    ends = [math.ceil(Fraction(from_sample, lanes * chunk)) * chunk for from_sample, _ in phases[1:]]
+    ends.append(10**30)
+    position = slot = 0
     while True:
         phase = max(i for i, (from_sample, _) in enumerate(phases) if from_sample <= position)
         for lane in dealt:
             lane.begin(phase)
-            for _ in range(chunk):
-                source = lane.next_source(phases, seed)
+            for turn in range(chunk):
+                source = lane.next_source(phases[phase][1], seed, ends[phase] - slot - turn)
                 yield Sample(source, lane.uses[source] * lanes + lane.number)
                 lane.uses[source] += 1
                 position += 1
+        slot += chunk
 
 
 def first_exhausted(samples: Iterator[Sample], sizes: Sequence[int]) -> int:

@@ -8,6 +8,7 @@ import math
 import random
 import tracemalloc
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from fractions import Fraction
 from typing import Any
 
@@ -25,12 +26,13 @@ from streamshards.plan.mixture import (
     MIXTURE_BLOCK,
     MixtureOrder,
     MixtureSettings,
-    Phase,
     SourceRows,
-    parse_weights,
+    earliest_change,
     pass_length,
+    settled_phases,
 )
 from streamshards.plan.order import Draw, Int64Array
+from streamshards.plan.weights import Phase, parse_weights
 
 M = MIXTURE_BLOCK
 NAMES = "abcdefgh"
@@ -144,6 +146,15 @@ def test_counts_are_what_counting_gives() -> None:
             assert order.counts(position).tolist() == counted[4500 + position - 1].tolist()
 
 
+def test_counts_hold_up_to_the_last_position() -> None:
+    """With a chunk of 2⁶² in one lane, positions in its second round are counted too."""
+    position = 2**62 + 12_345
+    order = large(phases_of([1, 3]), chunk=2**62, num_samples=2**63 - 2)
+    assert order.counts(position).sum() == position
+    before, (source,) = order.counts(position), order.sources_at(int64([position]))[0].tolist()
+    assert order.counts(position + 1).tolist() == [n + (s == source) for s, n in enumerate(before.tolist())]
+
+
 def test_passes_go_on_where_the_earlier_ended() -> None:
     """The positions of three passes of 777 are the first 2,331 of one pass that is longer."""
     whole = found(large(WEIGHTS["phases"], lanes=3, chunk=2), upto(2331))
@@ -230,13 +241,46 @@ def test_the_first_source_is_ahead_never_behind() -> None:
             assert 0 <= error <= 1 + math.log2(block) / 3
 
 
-def test_counts_of_a_block_do_not_depend_on_the_lane() -> None:
-    """After whole blocks in all lanes, the samples used of each source are 0, 1, 2, … without a gap."""
-    for name, lanes, chunk, blocks in itertools.product(("two", "thirds", "rare"), (1, 3, 7), (1, 8), (1, 2, 3)):
-        sources, samples = large(WEIGHTS[name], lanes=lanes, chunk=chunk).sources_at(upto(blocks * M * lanes))
-        for source in range(len(WEIGHTS[name][0].weights)):
-            used = np.sort(samples[sources == source])
-            assert used.tolist() == list(range(len(used)))
+def block_borders(phases: Sequence[Phase], lanes: int, chunk: int) -> list[tuple[int, int, Phase]]:
+    """Return first slot, last slot + 1 and phase of each block of a lane, up to the third of the last phase."""
+    starts = [-(-phase.from_sample // (lanes * chunk)) * chunk for phase in phases]
+    return [
+        (slot, min(slot + M, end), phase)
+        for phase, start, end in zip(phases, starts, [*starts[1:], starts[-1] + 3 * M], strict=True)
+        for slot in range(start, end, M)
+    ]
+
+
+@pytest.mark.parametrize("name", WEIGHTS)
+def test_after_every_block_what_was_used_has_no_gap(name: str) -> None:
+    """Once all lanes are through a block, whole or cut short by the next phase, the samples used of each source are
+    0, 1, 2, … without a gap, equally many from each lane."""
+    phases = WEIGHTS[name]
+    for lanes, chunk in ((1, 1), (3, 1), (7, 1), (3, 8), (2, 350)):
+        borders = block_borders(phases, lanes, chunk)
+        sources, samples = large(phases, lanes=lanes, chunk=chunk).sources_at(upto((borders[-1][1] + chunk) * lanes))
+        position = upto(len(sources))
+        slots, in_lanes = position // (lanes * chunk) * chunk + position % chunk, position // chunk % lanes
+        for _, stop, _ in borders:
+            for source in range(len(phases[0].weights)):
+                used = (slots < stop) & (sources == source)
+                assert np.sort(samples[used]).tolist() == list(range(int(used.sum())))
+                assert len(set(np.bincount(in_lanes[used], minlength=lanes).tolist())) == 1
+
+
+@given(mixtures(), st.integers(0, 5))
+@settings(deadline=None, max_examples=40)
+def test_a_block_cut_short_holds_every_weight_to_within_one_slot(mixture: Any, lane: int) -> None:
+    """In each block of each lane, of whatever length, a source has its share of the slots, rounded up or down."""
+    phases, chosen = mixture
+    lanes, chunk, lane = chosen.lanes, chosen.chunk, lane % chosen.lanes
+    order = MixtureOrder(sources_of(*[[50]] * len(phases[0].weights)), phases, chosen, epoch=0, num_samples=10**6)
+    for start, stop, phase in block_borders(phases, lanes, chunk):
+        slots = np.arange(start, stop, dtype=np.int64)
+        sources, _ = order.sources_at((slots // chunk * lanes + lane) * chunk + slots % chunk)
+        counts = np.bincount(sources, minlength=order.num_sources).tolist()
+        for weight, count in zip(phase.weights, counts, strict=True):
+            assert count in (math.floor(weight * (stop - start)), math.ceil(weight * (stop - start)))
 
 
 @pytest.mark.parametrize("name", WEIGHTS)
@@ -333,6 +377,27 @@ def test_places_lead_to_the_same_rows_and_tracks_go_forward(lanes: int, chunk: i
         assert (lane.source, lane.order.epoch, *shard_row) == row
 
 
+def test_rows_name_the_shards_of_the_index() -> None:
+    """Where a source is a part of its index's shards, ``rows_at`` and the blocks of its lanes name them as the index
+    does; all else is as without."""
+    numbers = [int64([7, 3, 11, 4]), None, int64([2, 0, 9])]
+    plain = sources_of([3, 1, 4, 1], [1, 1], [40, 30, 50])
+    named = [replace(source, shards=shards) for source, shards in zip(plain, numbers, strict=True)]
+    phases, chosen = phases_of([4, 1, 9]), MixtureSettings(seed=3, lanes=3, chunk=2)
+    order, bare = (MixtureOrder(rows, phases, chosen, epoch=0, num_samples=600) for rows in (named, plain))
+    rows = list(zip(*(a.tolist() for a in order.rows_at(upto(600))), strict=True))
+    seen = {(source, shard) for source, _, shard, _ in rows}
+    assert seen == {(0, 7), (0, 3), (0, 11), (0, 4), (1, 0), (1, 1), (2, 2), (2, 0), (2, 9)}
+    real = [range(n) if shards is None else shards.tolist() for shards, n in zip(numbers, (4, 2, 3), strict=True)]
+    unnamed = zip(*(a.tolist() for a in bare.rows_at(upto(600))), strict=True)
+    assert rows == [(source, epoch, real[source][shard], row) for source, epoch, shard, row in unnamed]
+    for track, number, offset, row in zip(*(a.tolist() for a in order.places(upto(600))), rows, strict=True):
+        lane = order.lane(track, number)
+        block = lane.order.block_at(lane.number, offset)
+        stored = [(p.shard, i) for p in block.pieces for i in range(p.lo, p.hi)]
+        assert stored[int(lane.order.permutation(block)[offset - block.start])] == row[2:]
+
+
 def test_a_mixture_lane_reads_one_lane_of_a_source() -> None:
     """During an epoch of a source, each lane of the mixture stays in one lane of it, but for fewer than K tail rows."""
     lanes = 8
@@ -401,6 +466,24 @@ def test_larger_passes_end_where_the_order_shows_it(lanes: int, chunk: int, phas
     assert first == int((~is_new).argmax())
     assert last == int(np.flatnonzero(is_new)[-1]) + 1
     assert int(is_new.sum()) == sum(sizes)
+
+
+def test_passes_end_exactly_wherever_in_its_block_a_use_may_stand() -> None:
+    """With sources of 1 to 80 samples in 16 lanes, some of one block and some of several, and 30 seeds, both stop rules
+    find the very position, be it the first or the last that its use can have in its block."""
+    at_bounds = 0
+    for seed in range(30):
+        for phases in (phases_of([1, 999]), phases_of([1, 1]), phases_of((0, [1, 8]), (70, [8, 1]))):
+            chosen = MixtureSettings(seed=seed, lanes=16, chunk=1)
+            sizes = [1 + seed % 16, 16 * (1 + seed % 5)]
+            order = MixtureOrder(sized(sizes), phases, chosen, epoch=0, num_samples=16 * 2 * M)
+            sources, samples = order.sources_at(upto(order.num_samples))
+            is_new = samples < int64(sizes)[sources]
+            assert pass_length("first_exhausted", sized(sizes), phases, chosen) == int((~is_new).argmax())
+            last = int(np.flatnonzero(is_new)[-1])
+            assert pass_length("all_exhausted", sized(sizes), phases, chosen) == last + 1
+            at_bounds += last // 16 % M >= M - 4
+    assert at_bounds > 0
 
 
 def test_huge_passes_end_where_the_order_shows_it() -> None:
@@ -597,3 +680,42 @@ def test_golden_mixtures_are_the_naive_mixture(name: str) -> None:
     for start, lines in pinned["from"].items():
         samples = naive(phases, chosen, int(start), int(start) + make_golden.MIXTURE_WINDOW)
         assert [tuple(map(int, row.split(":"))) for row in " ".join(lines).split()] == naive_rows(order, samples)
+
+
+@given(mixtures(max_phases=3), st.integers(1, 12_000), st.data())
+@settings(deadline=None, max_examples=60)
+def test_settled_phases_are_those_that_shaped_what_came(
+    mixture: tuple[tuple[Phase, ...], MixtureSettings], position: int, data: st.DataObject
+) -> None:
+    """Whatever becomes of the phases that are not settled, the positions before stay what they were; and a phase that
+    begins at the earliest change is never settled."""
+    phases, shape = mixture
+    settled = settled_phases(phases, shape, position)
+    assert 1 <= settled <= len(phases)
+    before = np.arange(position, dtype=np.int64)
+    kept = list(phases[:settled])
+    later = earliest_change(phases, shape, position)
+    assert (
+        settled_phases([*kept, Phase(max(later, kept[-1].from_sample + 1), kept[0].weights)], shape, position)
+        == settled
+    )
+    changed = [*kept, Phase(max(later, kept[-1].from_sample + 1) + data.draw(st.integers(0, 5000)), kept[0].weights)]
+    found = large(phases, lanes=shape.lanes, chunk=shape.chunk, seed=shape.seed).sources_at(before)
+    for others in (kept, changed):
+        again = large(others, lanes=shape.lanes, chunk=shape.chunk, seed=shape.seed).sources_at(before)
+        assert all(np.array_equal(a, b) for a, b in zip(found, again, strict=True))
+
+
+def test_a_phase_is_settled_once_the_block_that_it_cuts_has_begun() -> None:
+    """One lane: a phase from sample 2,500 makes the third block 500 slots long, so it matters from sample 2,000 on."""
+    phases = parse_weights([(0, {"a": 1, "b": 1}), (2500, {"a": 1, "b": 3})], ["a", "b"])
+    shape = MixtureSettings(seed=0, lanes=1, chunk=1)
+    assert [settled_phases(phases, shape, at) for at in (0, 1, 2000, 2001, 2500, 9999)] == [1, 1, 1, 2, 2, 2]
+    assert [earliest_change(phases, shape, at) for at in (0, 1, 1000, 1001, 2001, 2501)] == [
+        0,
+        1000,
+        1000,
+        2000,
+        2500,
+        3500,
+    ]
