@@ -8,6 +8,7 @@ from typing import Final
 from streamshards.errors import (
     IndexInvalid,
     OptionInvalid,
+    ResumeMismatch,
     SampleInvalid,
     ShardCorrupt,
     ShardMissing,
@@ -27,6 +28,7 @@ class ExitCode(IntEnum):
     NO_DATASET = 3
     STORE = 4
     BAD_DATA = 5
+    MISMATCH = 6
     INTERNAL = 70
     INTERRUPTED = 130
     PIPE_CLOSED = 141
@@ -39,6 +41,7 @@ MEANINGS: Final = {
     ExitCode.NO_DATASET: "no dataset or no .pt files at the url, or its index is damaged or from a newer version",
     ExitCode.STORE: "the store failed, refused our credentials, or has no such bucket or object",
     ExitCode.BAD_DATA: "a shard or file is damaged, unsafe to unpickle, or does not fit the others",
+    ExitCode.MISMATCH: "the checkpoint has no state, or one of another dataset",
     ExitCode.INTERNAL: "a defect of streamshards: please report it, with what --debug shows",
     ExitCode.INTERRUPTED: "stopped by Ctrl-C",
     ExitCode.PIPE_CLOSED: "whoever read our output stopped reading",
@@ -52,6 +55,7 @@ _CODES: Final[tuple[tuple[type[StreamShardsError], ExitCode], ...]] = (
     (ShardMissing, ExitCode.BAD_DATA),
     (TooManyCorrupt, ExitCode.BAD_DATA),
     (UnsafePickle, ExitCode.BAD_DATA),
+    (ResumeMismatch, ExitCode.MISMATCH),
     (StoreError, ExitCode.STORE),
 )
 """The first that fits decides: ``ShardMissing`` is a ``StoreError``, too."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import sys
+from collections.abc import Mapping
 from enum import Enum
 from typing import Annotated, Any, Final
 
@@ -14,7 +15,7 @@ import streamshards
 from streamshards.cli.codes import MEANINGS, ExitCode, Stopped
 from streamshards.cli.progress import progress_bar
 from streamshards.errors import OptionInvalid
-from streamshards.options import RetryOptions
+from streamshards.options import OrderOptions, RetryOptions
 
 _EXIT_CODES: Final = "\n".join(["\b", "Exit codes:", *(f"{int(code):>5}  {text}" for code, text in MEANINGS.items())])
 
@@ -49,6 +50,13 @@ app = typer.Typer(
     context_settings={"help_option_names": ["-h", "--help"]},
 )
 
+state_app = typer.Typer(
+    help="Look at checkpoints.",
+    rich_markup_mode=None,
+    pretty_exceptions_enable=False,
+    context_settings={"help_option_names": ["-h", "--help"]},
+)
+app.add_typer(state_app, name="state")
 
 _RETRY: Final = RetryOptions(first_contact_s=20.0)
 """A person who mistyped an endpoint should know within 30 s, importing torch on a busy machine included."""
@@ -92,6 +100,14 @@ TrustPickle = Annotated[
 Layout = Annotated[
     FileLayout,
     typer.Option(help="columns: dict of equally long tensors; rows: one tensor; samples: list; sample: one per file."),
+]
+StateFile = Annotated[
+    str | None,
+    typer.Option(metavar="FILE", help="A checkpoint, JSON or of torch.save: order, epoch and position are its own."),
+]
+StatePath = Annotated[
+    str | None,
+    typer.Option(metavar="KEYS", help='Which state in it, if there are several: "loaders.train". See "state show".'),
 ]
 Json = Annotated[bool, typer.Option("--json", help="Print JSON.")]
 
@@ -209,37 +225,130 @@ def inspect(
 @app.command()
 def cat(
     url: Url,
-    limit: Annotated[int, typer.Option(help="How many samples at most.")] = 10,
-    start: Annotated[int, typer.Option(help="The first sample; negative numbers count from the end.")] = 0,
+    limit: Annotated[
+        int | None, typer.Option(help="How many samples at most; 10 unless you say, or all N of --last N.")
+    ] = None,
+    start: Annotated[
+        int | None, typer.Option(help="The first sample in the order of the index; negative: from the end.")
+    ] = None,
+    position: Annotated[
+        int | None, typer.Option(help="The first sample in the order of training: its place in the epoch, from 0.")
+    ] = None,
+    last: Annotated[
+        int | None, typer.Option(metavar="N", help="The N samples just before the position, such as its last batch.")
+    ] = None,
+    epoch: Annotated[int | None, typer.Option(help="Of training, from 0; by default the state's, or 0.")] = None,
+    state: StateFile = None,
+    state_path: StatePath = None,
+    shuffle: Annotated[
+        bool | None, typer.Option("--shuffle/--no-shuffle", help="Without a state: whether training shuffled.")
+    ] = None,
+    seed: Annotated[int | None, typer.Option(help="Without a state: of the shuffle.")] = None,
+    lanes: Annotated[
+        int | None, typer.Option(help="Without a state: as in OrderOptions, or ranks times workers at the first start.")
+    ] = None,
+    chunk: Annotated[
+        int | None, typer.Option(help="Without a state: as in OrderOptions, or the batch size of a rank.")
+    ] = None,
+    shuffle_block: Annotated[
+        int | None, typer.Option(help="Without a state: as in OrderOptions; by default what training computes, too.")
+    ] = None,
     columns: Annotated[str | None, typer.Option(metavar="A,B", help="Only these fields.")] = None,
     trust_pickle: TrustPickle = False,
     endpoint_url: EndpointUrl = None,
     storage_options: StorageOptions = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print whole values, a JSON object per line.")] = False,
 ) -> None:
-    """Print samples, in the order of the index.
+    """Print samples: in the order of the index, or what training saw at a position, and where that came from.
+
+    In the order of training, each sample comes with its epoch and position, and the shard and row it lies in:
+
+    \b
+    --state ckpt.json             what training gets next
+    --state ckpt.json --last 256  the 256 samples just before that
+    --state ckpt.json --position 40960 --limit 256
+                                  256 samples from another place of the epoch
+    --position 40960 --lanes 16 --chunk 32 --shuffle --seed 17
+                                  the same without a checkpoint
 
     With --json tensors are lists, bytes are base64, and NaN and infinities are strings.
     """
     options = _options(endpoint_url, storage_options)
-    from streamshards.cli.show import plain, sample_lines
-    from streamshards.convert.reading import read_samples
+    shape = {"--shuffle": shuffle, "--seed": seed, "--lanes": lanes, "--chunk": chunk, "--shuffle-block": shuffle_block}
+    place = {"--position": position, "--last": last, "--epoch": epoch, "--state": state, "--state-path": state_path}
+    in_training_order = [flag for flag, value in {**place, **shape}.items() if value is not None]
+    if start is not None and in_training_order:
+        raise OptionInvalid(f"--start counts in the order of the index, {in_training_order[0]} in that of training")
+    from streamshards.cli.show import plain, sample_lines, seen_json, seen_line
 
     names = None if columns is None else [name.strip() for name in columns.split(",")]
-    samples = read_samples(
-        url,
-        start=start,
-        limit=limit,
-        columns=names,
-        trust_pickle=trust_pickle,
-        storage_options=options,
-        retry=_RETRY,
-    )
-    for number, sample in samples:
+    if not in_training_order:
+        from streamshards.convert.reading import read_samples
+
+        samples = read_samples(
+            url,
+            start=start or 0,
+            limit=10 if limit is None else limit,
+            columns=names,
+            trust_pickle=trust_pickle,
+            storage_options=options,
+            retry=_RETRY,
+        )
+        for number, sample in samples:
+            if as_json:
+                _print_json(plain(sample))
+            else:
+                typer.echo("\n".join(sample_lines(f"sample {number:,}", sample)))
+        return
+    from streamshards.convert.replay import Access, first_state, in_epoch, read_seen, span
+    from streamshards.convert.states import chosen_state, read_states
+
+    access = Access(storage_options=options, retry=_RETRY, trust_pickle=trust_pickle)
+    if state is not None:
+        _require_no_shape(shape)
+        stood = chosen_state(read_states(state), file=state, path=state_path)
+    else:
+        order = _order_of_words(shape)
+        stood = first_state(url, order=order, seed=seed or 0, shuffle=bool(shuffle), access=access)
+    stood = in_epoch(stood, stood.epoch if epoch is None else epoch)
+    most = 10 if limit is None and last is None else limit
+    positions = span(stood, position=position, last=last, limit=most)
+    for seen, sample in read_seen(url, stood, positions, columns=names, access=access):
         if as_json:
-            _print_json(plain(sample))
+            _print_json({"key": seen_json(seen), **plain(sample)})
         else:
-            typer.echo("\n".join(sample_lines(number, sample)))
+            typer.echo("\n".join(sample_lines(seen_line(seen), sample)))
+
+
+@state_app.command("show")
+def show_state(
+    file: Annotated[
+        str, typer.Argument(metavar="FILE", help='JSON, or of torch.save; "-" is JSON from standard input.')
+    ],
+    url: Annotated[
+        str | None, typer.Option(metavar="URL", help="Also check whether the state fits the dataset there.")
+    ] = None,
+    endpoint_url: EndpointUrl = None,
+    storage_options: StorageOptions = None,
+    as_json: Json = False,
+) -> None:
+    """Show where a checkpoint stands: epoch, position, order, dataset. Finds states however deep they lie in FILE.
+
+    With --url, exit with 6 unless one of them can be gone on from with the dataset there.
+    """
+    options = _options(endpoint_url, storage_options)
+    from streamshards.cli.show import state_json, state_lines
+    from streamshards.convert.replay import Access, check_fit
+    from streamshards.convert.states import read_states
+
+    access = Access(storage_options=options, retry=_RETRY)
+    found = [(each, None if url is None else check_fit(url, each.state, access=access)) for each in read_states(file)]
+    if as_json:
+        _print_json({"file": file, "states": [state_json(each, fit) for each, fit in found]})
+    else:
+        typer.echo("\n\n".join("\n".join(state_lines(file, each, fit)) for each, fit in found))
+    if url is not None and not any(fit.fits for _, fit in found if fit is not None):
+        raise typer.Exit(ExitCode.MISMATCH)
 
 
 @app.command()
@@ -273,6 +382,34 @@ def verify(
         typer.echo("\n".join(verified_lines(found)))
     if found.bad:
         raise typer.Exit(ExitCode.BAD_SHARDS)
+
+
+def _require_no_shape(shape: Mapping[str, object]) -> None:
+    """Check that nothing is said of the order's shape: a state brings it.
+
+    Raises:
+        OptionInvalid: Something is.
+    """
+    said = [flag for flag, value in shape.items() if value is not None]
+    if said:
+        raise OptionInvalid(f"{', '.join(said)}: the --state says it; leave it out")
+
+
+def _order_of_words(shape: Mapping[str, int | None]) -> OrderOptions:
+    """Return the order that the flags in *shape* ask for.
+
+    Raises:
+        OptionInvalid: They leave it open.
+    """
+    missing = [flag for flag in ("--lanes", "--chunk") if shape[flag] is None]
+    if missing:
+        raise OptionInvalid(
+            f"the order of training needs {' and '.join(missing)}: it depends on the ranks, workers and batch size of "
+            'the first start. A checkpoint has them: use --state FILE, or look with "streamshards state show FILE"'
+        )
+    if shape["--seed"] is not None and not shape["--shuffle"]:
+        raise OptionInvalid("--seed means nothing without --shuffle")
+    return OrderOptions(lanes=shape["--lanes"], chunk=shape["--chunk"], shuffle_block=shape["--shuffle-block"])
 
 
 def _options(endpoint_url: str | None, text: str | None) -> dict[str, Any] | None:

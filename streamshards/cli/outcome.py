@@ -20,6 +20,7 @@ _FLAGS: Final = (
     (re.compile(r'"anon": True'), '"anon": true'),
     (re.compile(r'\bmode="(\w+)"'), r"--mode \1"),
     (re.compile(r"\blayout="), "--layout "),
+    (re.compile(r"\bcolumns=\[…\]"), "--columns"),
 )
 """How the library's advice reads on a command line."""
 

@@ -11,7 +11,10 @@ import torch
 
 from streamshards.convert.checking import Verified
 from streamshards.convert.packing import Packed
+from streamshards.convert.replay import Fit, Seen
+from streamshards.convert.states import FoundState
 from streamshards.convert.summary import summary_of
+from streamshards.plan.state import State
 
 _WORDS: Final = 6
 """Elements of a tensor that are shown."""
@@ -45,13 +48,24 @@ def counted(number: int, what: str) -> str:
 # -- samples -----------------------------------------------------------------------------------------------------------
 
 
-def sample_lines(number: int, sample: Mapping[str, Any]) -> Iterator[str]:
-    """Yield a headline and one line per field."""
+def sample_lines(headline: str, sample: Mapping[str, Any]) -> Iterator[str]:
+    """Yield the headline and one line per field."""
     leaves = list(_leaves(sample, ""))
     width = max((len(name) for name, _ in leaves), default=0)
-    yield f"sample {number:,}"
+    yield headline
     for name, value in leaves:
         yield f"  {name:<{width}}  {_brief(value)}"
+
+
+def seen_line(seen: Seen) -> str:
+    """Return where a sample was delivered and where it came from, in one line."""
+    where = f"shard {seen.shard:,} ({seen.name}), row {seen.row:,}"
+    return f"epoch {seen.epoch:,}, position {seen.position:,}: {where}"
+
+
+def seen_json(seen: Seen) -> dict[str, Any]:
+    """Return the same for machines; what ``with_keys=True`` gives, and the shard's name."""
+    return seen._asdict()
 
 
 def _leaves(node: Mapping[str, Any], prefix: str) -> Iterator[tuple[str, Any]]:
@@ -197,4 +211,70 @@ def verified_json(found: Verified) -> dict[str, Any]:
         "num_samples": found.index.num_samples,
         "bad": [bad._asdict() for bad in found.bad],
         "orphans": None if found.orphans is None else [orphan._asdict() for orphan in found.orphans],
+    }
+
+
+# -- checkpoints -------------------------------------------------------------------------------------------------------
+
+
+def state_lines(file: str, found: FoundState, fit: Fit | None) -> Iterator[str]:
+    """Yield what ``state show`` shows of one state."""
+    yield f"{file} at {found.path}" if found.path else file
+    facts = [*_state_facts(found.state), *([] if fit is None else [("fits", _fit_words(fit))])]
+    width = max(len(label) for label, _ in facts)
+    for label, text in facts:
+        yield f"  {label:<{width}}  {text}"
+
+
+def _state_facts(state: State) -> Iterator[tuple[str, str]]:
+    yield "epoch", f"{state.epoch:,}"
+    yield "position", _place(state)
+    if state.worker_batches:
+        batches = f"{state.worker_batches:,} batch{'' if state.worker_batches == 1 else 'es'}"
+        yield "worker", f"one of {state.num_workers:,}, {batches} after the position; loads with as many workers only"
+    order = state.order
+    lanes = f"{counted(order.lanes, 'lane')} in chunks of {order.chunk:,}"
+    if order.shuffle:
+        yield "order", f"shuffled with seed {order.seed}, {lanes}, blocks of about {order.shuffle_block:,} samples"
+    else:
+        yield "order", f"not shuffled, {lanes}"
+    yield "fingerprint", str(state.identity.get("fingerprint"))
+    for name in ("num_shards", "subset", "stop"):
+        if name in state.identity:
+            yield name.removeprefix("num_"), _cut(str(state.identity[name]))
+    yield from _source_facts(state.identity)
+
+
+def _place(state: State) -> str:
+    whole = f"{state.position:,} of {state.num_samples:,}"
+    if state.worker_batches or not state.num_samples:
+        return whole
+    if state.position in (0, state.num_samples):
+        return f"{whole} (the epoch's {'end' if state.position else 'beginning'})"
+    return f"{whole} ({100 * state.position / state.num_samples:.1f} %)"
+
+
+def _source_facts(identity: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
+    weights, sources = identity.get("weights"), identity.get("sources")
+    if isinstance(sources, Mapping):
+        for name, source in sources.items():
+            weight = weights.get(name) if isinstance(weights, Mapping) else None
+            what = source if isinstance(source, Mapping) else {}
+            known = [f"{key} {value}" for key, value in what.items()]
+            yield f"source {name}", ", ".join([f"weight {weight}", *known])
+
+
+def _fit_words(fit: Fit) -> str:
+    told = " ".join(fit.told.split())
+    return f"{'yes' if fit.fits else 'no'}{': ' if told else ''}{told}"
+
+
+def state_json(found: FoundState, fit: Fit | None) -> dict[str, Any]:
+    """Return the same for machines; ``fits`` is null if nobody asked."""
+    state = found.state
+    return {
+        "path": found.path,
+        "state": state.to_dict(),
+        "fits": None if fit is None else fit.fits,
+        "told": None if fit is None else fit.told,
     }

@@ -14,10 +14,11 @@ subset looks to the order like a dataset of smaller shards. Where the rows of on
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from fractions import Fraction
-from typing import Literal, NamedTuple, TypeAlias, get_args
+from typing import Final, Literal, NamedTuple, TypeAlias, get_args
 
 import numpy as np
 
@@ -80,6 +81,50 @@ def require_split(fraction: float, *, seed: int, by: str) -> tuple[Split, Split]
             exact = Fraction(str(fraction))  # 0.9 means nine tenths, not the nearest float
             return Split(exact, seed, known, 0), Split(exact, seed, known, 1)
     raise OptionInvalid(f'split by={by!r} must be "sample" or "shard"')
+
+
+_CUT: Final = re.compile(
+    r"(?P<name>take|skip)\((?P<count>\d{1,19})\)"
+    r"|split\((?P<fraction>[\d.e-]{1,32}), seed=(?P<seed>\d{1,19}), by='(?P<by>sample|shard)'\)\[(?P<side>[01])\]"
+)
+"""One cut as its ``__str__`` writes it. No number has more digits than an int64 or a float needs."""
+
+
+def parse_cuts(text: str) -> tuple[Cut, ...]:
+    """Return the cuts whose ``Subset.name`` is *text*; none of an empty one.
+
+    Guarantees: accepts what ``Subset.name`` writes, to the letter, and nothing else; runs no code from *text*.
+
+    Raises:
+        OptionInvalid: It is not such a name.
+    """
+    cuts: list[Cut] = []
+    at = 0
+    while at < len(text):
+        match = _CUT.match(text, at + bool(cuts))  # past the dot between two; that it is one is seen below
+        if match is None:
+            break
+        cuts.append(_cut_of(match, text))
+        at = match.end()
+    if ".".join(map(str, cuts)) != text:
+        raise _no_subset(text)
+    return tuple(cuts)
+
+
+def _cut_of(match: re.Match[str], text: str) -> Cut:
+    if match["name"]:
+        count = require_int(int(match["count"]), name=match["name"], minimum=0)
+        return Take(count) if match["name"] == "take" else Skip(count)
+    try:
+        fraction = float(match["fraction"])
+    except ValueError:
+        raise _no_subset(text) from None
+    return require_split(fraction, seed=int(match["seed"]), by=match["by"])[int(match["side"])]
+
+
+def _no_subset(text: str) -> OptionInvalid:
+    shown = text if len(text) <= 200 else f"{text[:200]}…"
+    return OptionInvalid(f"{shown!r} is no subset; one looks like \"split(0.9, seed=1, by='sample')[0].take(10)\"")
 
 
 class _Level(NamedTuple):

@@ -20,10 +20,10 @@ def start(*words: object, **options: Any) -> subprocess.Popen[str]:
     return subprocess.Popen([sys.executable, "-m", "streamshards", *map(str, words)], text=True, **options)
 
 
-@pytest.mark.parametrize("command", ["pack", "index", "inspect", "cat", "verify"])
+@pytest.mark.parametrize("command", ["pack", "index", "inspect", "cat", "verify", "state", "state show"])
 def test_the_help_of_a_command_does_not_pay_for_torch(command: str) -> None:
     """Nor for numpy, fsspec or rich."""
-    timed = [sys.executable, "-X", "importtime", "-m", "streamshards", command, "--help"]
+    timed = [sys.executable, "-X", "importtime", "-m", "streamshards", *command.split(), "--help"]
     done = subprocess.run(timed, capture_output=True, text=True, timeout=120, check=True)
     assert f"streamshards {command}" in done.stdout
     imported = {line.rpartition("|")[2].strip() for line in done.stderr.splitlines() if line.startswith("import time:")}
