@@ -239,7 +239,8 @@ class StreamingDataset(EpochDataset):
 
         Args:
             fraction: Of the samples that the first one gets: ``round(fraction * num_samples)`` of them.
-            seed: Which samples; the split never changes for a seed and a dataset.
+            seed: Which samples; the split never changes for a seed and a dataset. Shards appended later make it
+                another one: by sample, at most one sample of each earlier shard changes sides; by shard, any may.
             by: ``"sample"`` draws from each shard its share, so that both sides look alike, and both read every shard
                 whole. ``"shard"`` draws whole shards (and cuts one), so that each side reads its own shards only, and
                 samples packed side by side stay on one side.

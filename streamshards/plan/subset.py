@@ -133,7 +133,7 @@ class Subset:
         return ".".join(str(cut) for cut in self.cuts)
 
     def rows_of(self, shard: int) -> range | Int64Array:
-        """Return the rows of *shard* that belong to the subset, ascending: a range, or int64 ``(rows,)``."""
+        """Return the rows of *shard*, one of ``shards``, that belong here, ascending: a range, or int64 ``(rows,)``."""
         part = int(self.shards.searchsorted(shard))
         parts = [part]
         for level in reversed(self._levels):
@@ -149,16 +149,6 @@ class Subset:
                 assert isinstance(cut, Split)  # only splits draw
                 found = _drawn(cut, shard, found, int(counts[child]))
         return found
-
-    def real_rows(self, shards: Int64Array, rows: Int64Array) -> Int64Array:
-        """Return where in their *shards* the rows lie that are numbered *rows* among those that each has here."""
-        if not self.cuts:
-            return rows
-        real = np.empty_like(rows)
-        for shard in np.unique(shards).tolist():
-            here = shards == shard
-            real[here] = np.asarray(self.rows_of(shard), dtype=np.int64)[rows[here]]
-        return real
 
     def _cut(self, cut: Cut, counts: Int64Array) -> tuple[Int64Array, Int64Array | None, Int64Array]:
         """Return parents, starts and row counts of the parts that *cut* leaves of parts with *counts* rows."""
