@@ -26,7 +26,8 @@ from streamshards import (
     Topology,
 )
 from streamshards.convert.indexing import build_index
-from streamshards.engine.blocks import BlockBuffers, open_piece, span_of
+from streamshards.engine.blocks import BlockBuffers, finish, open_piece, span_of
+from streamshards.engine.labels import Labels
 from streamshards.plan.order import EpochOrder, OrderSettings
 from streamshards.plan.subset import Subset, require_split
 from streamshards.testing import FakeClock
@@ -78,10 +79,8 @@ def planned(dataset: StreamingDataset, settings: OrderSettings, epoch: int) -> l
     order = EpochOrder(subset.rows, settings, epoch, shards=subset.shards)
     shards, rows = order.rows_at(np.arange(order.num_samples))
     first = np.concatenate([[0], np.cumsum(dataset.index.rows)]).tolist()
-    return [
-        first[shard] + int(subset.rows_of(shard)[row])
-        for shard, row in zip(shards.tolist(), rows.tolist(), strict=True)
-    ]
+    found = {shard: np.asarray(subset.rows_of(shard)).tolist() for shard in subset.shards.tolist()}
+    return [first[shard] + found[shard][row] for shard, row in zip(shards.tolist(), rows.tolist(), strict=True)]
 
 
 SETTINGS = OrderSettings(shuffle=True, seed=4, lanes=4, chunk=2, shuffle_block=100)
@@ -422,13 +421,19 @@ def test_memory_that_cannot_hold_a_subset_is_refused(url: str, choice: str) -> N
 
 
 @pytest.mark.parametrize("fraction", [0.02, 0.5, 1.0])
-@pytest.mark.parametrize("before", [None, 300])
-def test_blocks_take_no_more_than_reckoned(fraction: float, before: int | None) -> None:
-    """Blocks of drawn rows are reckoned as what they decode: everything from the first of their rows to the last."""
+@pytest.mark.parametrize("labels", [Labels(), Labels(keys=True, source=True)], ids=["plain", "with labels"])
+@pytest.mark.parametrize("is_twice", [False, True])
+def test_blocks_take_no_more_than_reckoned(fraction: float, labels: Labels, is_twice: bool) -> None:
+    """Blocks of drawn rows are reckoned as what they decode: everything from the first of their rows to the last, with
+    its labels and the block's index."""
     store, index = numbered([100, 7, 1, 60, 0, 100, 40])
     chain = [require_split(fraction, seed=1, by="sample")[0]]
     rig = Rig(store, index, shuffle_block=90)
-    source = dataclasses.replace(rig.source(), subset=Subset(index.rows, chain if before is None else [*chain, *chain]))
+    source = dataclasses.replace(
+        rig.source(),
+        subset=Subset(index.rows, [*chain, *chain] if is_twice else chain),
+        label_bytes=labels.block_row_bytes,
+    )
     order = EpochOrder(source.subset.rows, rig.order().settings, 0, shards=source.subset.shards)
     bound = order.max_block_bytes(0, source.part_bytes)
     for block in order.blocks(0):
@@ -437,6 +442,11 @@ def test_blocks_take_no_more_than_reckoned(fraction: float, before: int | None) 
             for piece in block.pieces
         ]
         raw, stored = source.block_bytes(block)
-        assert BlockBuffers(source.schema, opened).columns.nbytes <= raw
+        buffers = BlockBuffers(source.schema, opened)
+        for number in range(len(opened)):
+            buffers.fill(number)
+        loaded = finish(order, block, buffers, labels)
+        assert loaded is not None
+        assert loaded.columns.nbytes + loaded.index.nbytes <= raw
         assert stored == sum(int(index.sizes[piece.shard]) for piece in block.pieces)
         assert raw + stored <= bound
