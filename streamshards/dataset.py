@@ -239,11 +239,12 @@ class StreamingDataset(EpochDataset):
         """Return two datasets that share no sample and together hold all: ``train, valid = ds.split(0.9)``.
 
         Args:
-            fraction: Of the samples that the first one gets: ``round(fraction * num_samples)`` of them.
-            seed: Which samples; the split never changes for a seed and a dataset.
+            fraction: Of the samples that the first one gets: ``floor(fraction * num_samples)`` of them.
+            seed: Which samples.
             by: ``"sample"`` draws from each shard its share, so that both sides look alike, and both read every shard
-                whole. ``"shard"`` draws whole shards (and cuts one), so that each side reads its own shards only, and
-                samples packed side by side stay on one side.
+                whole; shards that are appended leave every sample on its side. ``"shard"`` draws whole shards (and cuts
+                one), so that each side reads its own shards only, and samples packed side by side stay on one side;
+                an append makes another draw.
         """
         first, second = require_split(fraction, seed=seed, by=by)
         return self._cut(first), self._cut(second)

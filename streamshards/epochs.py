@@ -199,8 +199,8 @@ class EpochDataset(IterableDataset[Any]):
             state: What ``state_dict`` returned, here or on any other cluster.
             strict: False also takes a state of other data or another order, where nothing can go wrong by it:
 
-                - Shards have been appended since: the state's epoch ends with the samples it began with, and the
-                  next ones have all.
+                - Shards have been appended since, whose fields are of the types and sizes that stood: the state's epoch
+                  ends with the samples it began with, and the next ones have all.
                 - The state lies between two epochs: the next epoch is one of what is open here.
 
         Raises:
@@ -262,8 +262,9 @@ class EpochDataset(IterableDataset[Any]):
             if other is not None:
                 return other
             advice = (
-                "strict=False forgives appended shards, and any difference between two epochs; this state lies in the "
-                f"middle of epoch {loaded.epoch}, at {loaded.position:,} of {loaded.num_samples:,}"
+                "strict=False forgives shards appended since, if they changed no field, and any difference between two "
+                f"epochs; this state lies in the middle of epoch {loaded.epoch}, at {loaded.position:,} of "
+                f"{loaded.num_samples:,}"
             )
         elif self._start_of_other(loaded, differences) is not None:
             advice = "Shards have been appended since: strict=False ends the state's epoch without them"

@@ -54,6 +54,16 @@ class Labels:
         """The labels that belong to a row of a step."""
         return ((_POSITION,) if self.keys else ()) + ((_MASK,) if self.mask else ())
 
+    @property
+    def block_row_bytes(self) -> int:
+        """What the labels of a row take in a block."""
+        return sum(field.torch_dtype.itemsize for field in self.block_fields)
+
+    @property
+    def batch_row_bytes(self) -> int:
+        """What the labels of a row take in a batch."""
+        return self.block_row_bytes + sum(field.torch_dtype.itemsize for field in self.step_fields)
+
     def require_free(self, schema: Schema, *, url: str) -> None:
         """Check that the data has no fields of these names.
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Final
 
 from streamshards.clock import Clock
@@ -68,12 +68,13 @@ class Reading:
         per_step = max(1, min(_SAMPLES_PER_STEP, _STEP_BYTES // self._row_bytes)) if self.in_samples else 1
         step_bytes = self._row_bytes * self.assignment.batch_size * per_step
         ready = max(1, min(self.prefetch.ready_batches, self._memory_bytes // _READY_SHARE // step_bytes))
+        sources = [replace(source, label_bytes=self.labels.block_row_bytes) for source in self.sources]
         loader = BlockLoader(
-            self.sources,
+            sources,
             labels=self.labels,
             threads=self.prefetch.threads or min(8, max(2, 2 * self.cores)),
             cores=self.cores,
-            budget_bytes=self._block_budget((ready + 1) * step_bytes),
+            budget_bytes=self._block_budget(sources, (ready + 1) * step_bytes),
             cancelled=self.cancelled,
             clock=self.clock,
             counters=self.counters,
@@ -101,10 +102,11 @@ class Reading:
 
     @property
     def _row_bytes(self) -> int:
-        """A row's mean size, of the source whose rows are largest."""
-        return max(1, *(int(s.index.raw_sizes.sum()) // max(1, s.index.num_samples) for s in self.sources))
+        """A row's mean size with its labels, of the source whose rows are largest."""
+        means = (int(s.index.raw_sizes.sum()) // max(1, s.index.num_samples) for s in self.sources)
+        return max(1, *means) + self.labels.batch_row_bytes
 
-    def _block_budget(self, reserved_bytes: int) -> int:
+    def _block_budget(self, sources: Sequence[Source], reserved_bytes: int) -> int:
         """Return the bytes that blocks may take.
 
         Raises:
@@ -115,7 +117,7 @@ class Reading:
         needed = reserved_bytes
         for track, number in tracks:
             lane = self.order.lane(track, number)
-            needed += lane.order.max_block_bytes(lane.number, self.sources[lane.source].part_bytes)
+            needed += lane.order.max_block_bytes(lane.number, sources[lane.source].part_bytes)
         if needed > memory_bytes:
             raise OptionInvalid(
                 f"{self.url}: this order interleaves {len(tracks)} lanes here, and a block of each needs "

@@ -36,6 +36,8 @@ class Source:
     """The fields to read; each at or above the dataset's own."""
     fetcher: Fetcher
     policy: LossPolicy
+    label_bytes: int = 0
+    """What the labels of a row take in a block."""
 
     @cached_property
     def part_bytes(self) -> Int64Array:
@@ -54,7 +56,7 @@ class Source:
     @cached_property
     def _loaded(self) -> Int64Array:
         """What the rows of each part take in blocks: those of whole spans, where single rows are drawn."""
-        sizes = loaded_sizes(self.index, self.schema)[self.subset.shards]
+        sizes = (loaded_sizes(self.index, self.schema) + self.index.rows * self.label_bytes)[self.subset.shards]
         if not self.subset.cuts:
             return sizes
         rows = self.index.rows[self.subset.shards]

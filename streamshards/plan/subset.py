@@ -5,11 +5,11 @@ sample. Each cut leaves every shard some of its rows, in ascending order, and dr
 subset looks to the order like a dataset of smaller shards. Where the rows of one shard lie is found when it is read.
 
 * ``Take(n)`` and ``Skip(n)``: the first n samples in the order of the index, and the others.
-* ``Split`` by sample: of the k = round(f·N) samples of the first side, the shard that covers samples [a, b) gets
-  ⌊bk/N⌋ − ⌊ak/N⌋, drawn by a permutation keyed by (seed, shard). So each side has its share of every shard, to within
-  one sample, and reads all of them.
-* ``Split`` by shard: the shards in a permutation keyed by the seed; the first k rows of that tape. Only the shard on
-  the border belongs to both sides.
+* ``Split`` by sample, with fraction f: the first side has, of the shard that covers samples [a, b), ⌊bf⌋ − ⌊af⌋, drawn
+  by a permutation keyed by (seed, shard). So each side has its share of every shard, to within one sample, and reads
+  all of them; and shards that are appended leave every sample on its side.
+* ``Split`` by shard: the shards in a permutation keyed by the seed; the first ⌊Nf⌋ rows of that tape. Only the shard on
+  the border belongs to both sides. Shards that are appended make another permutation.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ import numpy as np
 
 from streamshards.errors import OptionInvalid
 from streamshards.options import require_int
-from streamshards.plan.order import Draw, Int64Array, distinct, keyed_permutation
+from streamshards.plan.order import Draw, Int64Array, keyed_permutation
 
 SplitBy: TypeAlias = Literal["sample", "shard"]
 
@@ -178,7 +178,7 @@ class Subset:
         return ".".join(str(cut) for cut in self.cuts)
 
     def rows_of(self, shard: int) -> range | Int64Array:
-        """Return the rows of *shard* that belong to the subset, ascending: a range, or int64 ``(rows,)``."""
+        """Return the rows of *shard*, one of ``shards``, that belong here, ascending: a range, or int64 ``(rows,)``."""
         part = int(self.shards.searchsorted(shard))
         parts = [part]
         for level in reversed(self._levels):
@@ -195,26 +195,15 @@ class Subset:
                 found = _drawn(cut, shard, found, int(counts[child]))
         return found
 
-    def real_rows(self, shards: Int64Array, rows: Int64Array) -> Int64Array:
-        """Return where in their *shards* the rows lie that are numbered *rows* among those that each has here."""
-        if not self.cuts:
-            return rows
-        real = np.empty_like(rows)
-        for shard in distinct(shards).tolist():
-            here = shards == shard
-            real[here] = np.asarray(self.rows_of(shard), dtype=np.int64)[rows[here]]
-        return real
-
     def _cut(self, cut: Cut, counts: Int64Array) -> tuple[Int64Array, Int64Array | None, Int64Array]:
         """Return parents, starts and row counts of the parts that *cut* leaves of parts with *counts* rows."""
         borders = np.concatenate([[0], np.cumsum(counts)])
         total = int(borders[-1])
         if isinstance(cut, Split):
-            first_side = round(cut.fraction * total)
             if cut.by == "sample":
-                quota = _shares(borders, first_side)
+                quota = _shares(borders, cut.fraction)
                 return _dropping_empty(quota if cut.side == 0 else counts - quota, None)
-            return self._cut_by_shard(cut, counts, first_side)
+            return self._cut_by_shard(cut, counts, int(cut.fraction * total))
         lo, hi = (0, cut.count) if isinstance(cut, Take) else (cut.count, total)
         starts = np.clip(lo - borders[:-1], 0, counts)
         stops = np.clip(hi - borders[:-1], 0, counts)
@@ -240,13 +229,11 @@ def _dropping_empty(counts: Int64Array, starts: Int64Array | None) -> tuple[Int6
     return parents, None if starts is None else starts[parents], counts[parents]
 
 
-def _shares(borders: Int64Array, first_side: int) -> Int64Array:
-    """Return ``⌊b·k/N⌋ − ⌊a·k/N⌋`` for each pair of borders (a, b), with k = *first_side*; exact at any size."""
-    total = int(borders[-1])
-    if total == 0:
-        return np.zeros(len(borders) - 1, dtype=np.int64)
-    exact = borders if total < 1 << 31 else borders.astype(object)  # Python's integers where int64 would overflow
-    return np.diff(exact * first_side // total).astype(np.int64)
+def _shares(borders: Int64Array, fraction: Fraction) -> Int64Array:
+    """Return ``⌊b·f⌋ − ⌊a·f⌋`` for each pair of borders (a, b), with f = *fraction*; exact at any size."""
+    fits = int(borders[-1]) * fraction.numerator < 1 << 63 and fraction.denominator < 1 << 63
+    exact = borders if fits else borders.astype(object)  # Python's integers where int64 would overflow
+    return np.diff(exact * fraction.numerator // fraction.denominator).astype(np.int64)
 
 
 def _drawn(cut: Split, shard: int, rows: range | Int64Array, count: int) -> Int64Array:

@@ -13,7 +13,7 @@ from streamshards.engine.gather import BatchBuilder
 from streamshards.shard.columns import Columns, to_samples
 from streamshards.shard.data import part_dtype, part_shape
 from streamshards.shard.reader import LoadedShard
-from streamshards.shard.schema import DTYPES, Field, Schema
+from streamshards.shard.schema import DTYPES, Field, Schema, unite
 from tests.engine.rig import columns_of
 from tests.shard.shard_cases import DTYPE_PARAMS, mixed_samples, random_tensor, same
 
@@ -191,3 +191,95 @@ def test_any_fields_any_rows(columns: list[tuple[Any, list[list[Any]]]], picks: 
     sources = sources_of(*groups)
     if picks:
         require_right(sources, picks)
+
+
+# -- put in order, and absent ------------------------------------------------------------------------------------------
+
+
+def reordered(sources: list[Columns], picks: list[Pick], reordering: list[int]) -> Columns:
+    schema = sources[0].schema
+    builder = BatchBuilder(schema, sum(len(rows) for _, rows in picks))
+    for source, rows in picks:
+        builder.add(sources[source], torch.tensor(rows, dtype=torch.int64))
+    return builder.finish(torch.tensor(reordering, dtype=torch.int64))
+
+
+@given(
+    st.lists(fields(), min_size=1, max_size=4),
+    st.lists(st.tuples(st.integers(0, 2), st.lists(st.integers(0, 3), max_size=6)), min_size=1, max_size=5),
+    st.data(),
+)
+@settings(max_examples=150, deadline=None)
+def test_rows_put_in_order_are_the_rows_added_in_that_order(
+    columns: list[tuple[Any, list[list[Any]]]], picks: list[Pick], data: st.DataObject
+) -> None:
+    """Adding rows source by source and putting them in order is adding them in order, one by one, bit for bit."""
+    groups = [
+        [{f"f{n}": values[group][row] for n, (_, values) in enumerate(columns)} for row in range(4)]
+        for group in range(3)
+    ]
+    sources = sources_of(*groups)
+    added = [(source, row) for source, rows in picks for row in rows]
+    reordering = data.draw(st.permutations(range(len(added))))
+    one_by_one: list[Pick] = [(added[place][0], [added[place][1]]) for place in reordering] or [(0, [])]
+    got = reordered(sources, picks, reordering)
+    expected = gathered(sources[0].schema, sources, one_by_one)
+    assert got.num_rows == expected.num_rows
+    assert got.schema == expected.schema
+    assert same(to_samples(got), to_samples(expected))
+    for one, other in zip(tensors_of(got), tensors_of(expected), strict=True):
+        assert one.dtype == other.dtype
+        assert one.shape == other.shape
+        assert one.is_contiguous()
+        assert one.untyped_storage().nbytes() == one.nbytes
+
+
+KINDS: dict[str, list[Any]] = {
+    "int": [1, -2, 3],
+    "float": [0.5, float("inf"), -1.0],
+    "bool": [True, False, True],
+    "complex": [1j, 2 + 0j, -1j],
+    "fixed": [torch.full((2, 3), number, dtype=torch.bfloat16) for number in range(3)],
+    "empty": [torch.empty((2, 0)) for _ in range(3)],
+    "ragged": [torch.arange(number, dtype=torch.int16) for number in (2, 0, 5)],
+    "ragged rows": [torch.full((number, 2), number, dtype=torch.complex128) for number in (1, 0, 2)],
+    "ragged everywhere": [torch.full((number, number + 1), number, dtype=torch.float16) for number in (1, 0, 2)],
+    "str": ["a", "", "löwe"],
+    "bytes": [b"\0", b"", b"abc"],
+    "json": [[1, {"a": None}], [], ["x"]],
+    "null": [None, None, None],
+}
+
+
+@pytest.mark.parametrize("optional", [False, True], ids=["always there", "None in some rows"])
+@pytest.mark.parametrize("picks", [[(0, [2, 0]), (1, [1, 1]), (0, [1])], [(1, [0, 2])], [(1, []), (0, [0])]], ids=str)
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("is_reordered", [False, True])
+def test_a_field_that_a_source_lacks_is_absent_there(
+    kind: str, picks: list[Pick], optional: bool, is_reordered: bool
+) -> None:
+    """None in samples, zeros and a False mask in batches, for every kind of field, between rows that have it."""
+    values = [None, *KINDS[kind][1:]] if optional else KINDS[kind]
+    having = [{"id": row, "x": value} for row, value in enumerate(values)]
+    lacking = [{"id": 10 + row} for row in range(3)]
+    one, two = columns_of(having), columns_of(lacking)
+    schema = unite({"one": one.schema, "two": two.schema})
+    sources = [LoadedShard(one, "one").columns(schema), two]
+    rows = [having, [{**row, "x": None} for row in lacking]]
+    expected = [rows[source][row] for source, picked in picks for row in picked]
+    builder = BatchBuilder(schema, len(expected))
+    for source, picked in picks:
+        builder.add(sources[source], torch.tensor(picked, dtype=torch.int64))
+    backwards = list(range(len(expected)))[::-1]
+    if is_reordered:
+        batch, expected = builder.finish(torch.tensor(backwards)), [expected[row] for row in backwards]
+    else:
+        batch = builder.finish()
+    assert same(to_samples(batch), expected)
+    field = schema.field(("x",))
+    assert field is not None
+    assert field.optional
+    if field.kind == "tensor":
+        absent = ~batch.data[("x",)].part("present")
+        assert absent.tolist() == [row["x"] is None for row in expected]
+        assert not batch.data[("x",)].values[absent].to(torch.complex128).any()

@@ -15,8 +15,9 @@ from hypothesis import strategies as st
 
 from streamshards.plan import schedule as schedule_module
 from streamshards.plan.assignment import Assignment, Tail
+from streamshards.plan.mixture import MixtureOrder, MixtureSettings, SourceRows, parse_weights
 from streamshards.plan.order import EpochOrder, OrderSettings
-from streamshards.plan.schedule import Step, Visit, schedule
+from streamshards.plan.schedule import SampleOrder, Step, Visit, schedule
 from streamshards.plan.topology import Topology
 
 TAILS: tuple[Tail, ...] = ("pad", "drop", "uneven")
@@ -289,3 +290,115 @@ def test_each_lane_has_one_reader_while_all_lanes_last() -> None:
             owners.setdefault(lane, set()).add((rank, worker))
     assert sorted(owners) == list(range(8))
     assert all(len(mine) == 1 for mine in owners.values())
+
+
+# -- short runs: lane by lane, then put in order -----------------------------------------------------------------------
+
+
+def planned_with(short_run: int, order: SampleOrder, reader: Assignment, **options: int) -> list[Step]:
+    """Return the steps, planned as if runs of fewer than *short_run* rows were short; 0: none are."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(schedule_module, "_SHORT_RUN", short_run)
+        return list(schedule(order, reader, **options))
+
+
+def checked_visits(short_run: int, order: SampleOrder, reader: Assignment, **options: int) -> list[Step]:
+    """Return the same after checking the life of every visit."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(schedule_module, "_SHORT_RUN", short_run)
+        check_visits(schedule(order, reader, **options))
+    return planned_with(short_run, order, reader, **options)
+
+
+def rows_of(step: Step) -> list[tuple[int, int, int, int]]:
+    """Return source, epoch, shard and row of each row of a step, gathered as the engine does."""
+    out: list[tuple[int, int, int, int]] = []
+    for visit, first, num_rows in step.segments:
+        stored = [(piece.shard, row) for piece in visit.block.pieces for row in range(piece.lo, piece.hi)]
+        places = visit.order.permutation(visit.block)[first : first + num_rows]
+        out += [(visit.source, visit.order.epoch, *stored[place]) for place in places]
+    return out if step.reordering is None else [out[row] for row in step.reordering]
+
+
+def require_alike(one_by_one: list[Step], by_lane: list[Step]) -> None:
+    """Check that both deliver the same rows, and that each lane is gathered in one go where they are put in order."""
+    assert [rows_of(step) for step in one_by_one] == [rows_of(step) for step in by_lane]
+    assert [step.positions.tolist() for step in one_by_one] == [step.positions.tolist() for step in by_lane]
+    assert all(step.reordering is None for step in one_by_one)
+    for step, other in zip(by_lane, one_by_one, strict=True):
+        assert len(step.segments) <= len(other.segments)
+        if step.reordering is not None:
+            assert sorted(step.reordering.tolist()) == list(range(len(step.positions)))
+
+
+@given(cases(), st.integers(0, 20), st.integers(1, 4), st.sampled_from([1, 8, 1 << 20]))
+@settings(deadline=None, max_examples=150)
+def test_rows_gathered_by_lane_come_in_the_same_order(each: Case, skip: int, per_step: int, short_run: int) -> None:
+    """Whether short runs are gathered one by one or lane by lane: each step has the same rows at the same places."""
+    one_by_one = planned_with(0, each.order, each.reader, skip=skip, per_step=per_step)
+    by_lane = checked_visits(short_run, each.order, each.reader, skip=skip, per_step=per_step)
+    require_alike(one_by_one, by_lane)
+
+
+@given(cases(), st.integers(1, 40), st.integers(1, 3))
+@settings(deadline=None, max_examples=80)
+def test_gathering_by_lane_does_not_depend_on_how_much_is_planned(each: Case, planned: int, per_step: int) -> None:
+    """However many positions are planned at once, steps that are put in order deliver the same."""
+    whole = planned_with(0, each.order, each.reader, per_step=per_step)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(schedule_module, "_PLANNED_POSITIONS", planned)
+        require_alike(whole, checked_visits(1 << 20, each.order, each.reader, per_step=per_step))
+
+
+def test_short_runs_of_repeated_lanes_are_gathered_by_lane() -> None:
+    """Rows of four lanes that take turns one by one: a batch of 32 is four segments and not 32, put in order."""
+    each = case([40] * 8, lanes=4, chunk=1, shuffle_block=1000, batch_size=32)
+    steps = list(schedule(each.order, each.reader))
+    assert all(step.reordering is not None for step in steps)
+    assert all(len(step.segments) == 4 for step in steps)
+    assert [gathered(each.order, step) for step in steps] == each.batches()
+
+
+def test_long_runs_and_single_lanes_are_not_put_in_order() -> None:
+    """Where nothing is gained nothing is copied twice: runs of eight rows, or one run a lane."""
+    for shape in ({"lanes": 4, "chunk": 8, "batch_size": 64}, {"lanes": 8, "chunk": 2, "batch_size": 16}):
+        each = case([32] * 16, shuffle_block=1000, **shape)  # type: ignore[arg-type] # all of them are ints
+        steps = list(schedule(each.order, each.reader))
+        assert all(step.reordering is None for step in steps)
+        assert [gathered(each.order, step) for step in steps] == each.batches()
+
+
+@given(
+    st.lists(st.lists(st.integers(0, 12), min_size=1, max_size=5), min_size=1, max_size=3),
+    st.integers(1, 5),
+    st.integers(1, 6),
+    st.integers(1, 12),
+    st.integers(1, 3),
+    st.integers(0, 2),
+    st.data(),
+)
+@settings(deadline=None, max_examples=100)
+def test_a_mixture_gathered_by_lane_comes_in_the_same_order(
+    sources: list[list[int]], lanes: int, chunk: int, batch_size: int, num_workers: int, epoch: int, data: st.DataObject
+) -> None:
+    """Sources that take turns row by row, and wrap into their next epochs: the same rows at the same places."""
+    assume(all(sum(rows) >= lanes for rows in sources))
+    names = [f"s{number}" for number in range(len(sources))]
+    rows = [
+        SourceRows(name, np.array(rows, dtype=np.int64), True, number, 10, np.arange(len(rows), dtype=np.int64))
+        for number, (name, rows) in enumerate(zip(names, sources, strict=True))
+    ]
+    weights = {name: data.draw(st.integers(1, 5)) for name in names}
+    num_samples = data.draw(st.integers(1, 120))
+    shape = MixtureSettings(seed=1, lanes=lanes, chunk=chunk)
+    order = MixtureOrder(rows, parse_weights(weights, names), shape, epoch=epoch, num_samples=num_samples)
+    for worker in range(num_workers):
+        reader = Assignment(
+            num_samples=num_samples,
+            start=0,
+            batch_size=batch_size,
+            topology=Topology(worker=worker, num_workers=num_workers),
+            tail="pad",
+        )
+        one_by_one = planned_with(0, order, reader)
+        require_alike(one_by_one, planned_with(1 << 20, order, reader))
