@@ -144,11 +144,15 @@ class EpochDataset(IterableDataset[Any]):
         """Return where a state that differs from what is open here can be gone on from all the same, if it can."""
         return None
 
+    def _advice(self, differences: Mapping[str, Any]) -> str:  # noqa: ARG002 -- a mixture needs it
+        """Return what to do about a state that has those *differences* from what is open here."""
+        return "Open the dataset as it was then, with the same seed and shuffle"
+
     # -- what there is ---------------------------------------------------------------------------------------------
 
     def __len__(self) -> int:
         """Return what a whole epoch yields on this rank: batches, or samples if there is no batch size."""
-        return self._assignment(self._rank(), Start(0, 0, 0, None)).rank_batches
+        return self._assignment(self._rank(), Start(0, 0, 0, self._start.peek().order)).rank_batches
 
     def stats(self) -> dict[str, int | float]:
         """Return what has been counted since this dataset was opened, over this rank's process and all its workers."""
@@ -251,10 +255,10 @@ class EpochDataset(IterableDataset[Any]):
         loaded.require_workers(num_workers)
         here = Start(loaded.epoch, loaded.position, loaded.worker_batches, loaded.order)
         ours = replace(loaded.order, seed=self.seed, shuffle=self.shuffle)
-        differences = loaded.differences(self._state(Start(loaded.epoch, loaded.position, 0, ours), Topology()))
+        differences = loaded.differences(self._state(here._replace(order=ours), Topology()))
         if not differences:
             return here
-        advice = "Open the dataset as it was then, with the same seed and shuffle"
+        advice = self._advice(differences)
         if not strict:
             other = self._start_of_other(loaded, differences)
             if other is None and loaded.is_between_epochs:
@@ -278,12 +282,14 @@ class EpochDataset(IterableDataset[Any]):
         return start.order or self._first_order(start, topology)
 
     def _state(self, start: Start, topology: Topology) -> State:
+        start = start._replace(order=self._settings(start, topology))
+        assert start.order is not None  # for mypy: just set
         return State(
             epoch=start.epoch,
             position=start.position,
             num_samples=self._num_samples_of(start, topology),
             identity=self._identity(start),
-            order=self._settings(start, topology),
+            order=start.order,
             worker_batches=start.batches,
             num_workers=topology.num_workers,
         )

@@ -116,7 +116,7 @@ class Mixture(EpochDataset):
         self._schema = unite({name: source.schema for name, source in sources.items()})
         self._labels.require_free(self._schema, url=self.url)
         self._lengths: dict[tuple[int, int], int] = {}
-        assert self._num_samples_of(Start(0, 0, 0, None), Topology())  # refuses what cannot be, before anything starts
+        self._num_samples_of(Start(0, 0, 0, None), Topology())  # refuses what cannot be, before anything starts
 
     def _own(self) -> None:
         super()._own()
@@ -168,7 +168,8 @@ class Mixture(EpochDataset):
 
     def stats(self) -> dict[str, int | float]:
         """Return what has been counted, over all sources, this rank's process and all its workers."""
-        return summarize(torch.cat([self._counts, *(source._counts for source in self._sources.values())]))
+        distinct = {id(source): source._counts for source in self._sources.values()}  # one may have two names
+        return summarize(torch.cat([self._counts, *distinct.values()]))
 
     def __repr__(self) -> str:
         start = self._start.peek()
@@ -195,6 +196,8 @@ class Mixture(EpochDataset):
             int(source._index.raw_sizes.sum()) // max(1, source._index.num_samples) for source in self._sources.values()
         )
         num_samples = sum(source.num_samples for source in self._sources.values())
+        if isinstance(self._stop, int):
+            num_samples = min(num_samples, self._stop)
         return resolve_order(
             self._order,
             shuffle=True,
@@ -212,21 +215,30 @@ class Mixture(EpochDataset):
         exact = [[phase.from_sample, [str(weight) for weight in phase.weights]] for phase in begun]
         return {
             "kind": "mixture",
-            "fingerprint": _digest([self._stop, sources, exact]),
+            "fingerprint": _digest([self._stop, list(sources.items()), exact]),
             "stop": self._stop,
             "weights": {name: float(weight) for name, weight in zip(self.names, begun[-1].weights, strict=True)},
             "sources": sources,
         }
 
     def _named(self, state: State) -> State:
-        return replace(state, identity=self._identity(Start(state.epoch, state.position, 0, state.order)))
+        return replace(
+            state, identity=self._identity(Start(state.epoch, state.position, state.worker_batches, state.order))
+        )
+
+    def _advice(self, differences: Mapping[str, Any]) -> str:
+        if set(differences) == {"fingerprint"}:
+            return "Else all is equal: the sources stood in another order, or had other weights before this place"
+        return "Open the mixture as it was then: sources, seed, stop, and the weights up to this place"
 
     def _begun_phases(self, start: Start) -> list[Phase]:
         """Return the weights that the stream has had before *start*, and those that hold there; later ones may change.
 
         A position may still lie in the round before a phase that has begun by its number: then it counts as begun.
         """
-        at = start.epoch * self._num_samples_of(start, self._rank()) + start.position
+        num_samples = self._num_samples_of(start, self._rank())
+        # How far a single worker is within its pass does not follow from its batches alone: all of it counts as begun.
+        at = start.epoch * num_samples + (num_samples if start.batches else start.position)
         return [phase for phase in self._phases if phase.from_sample == 0 or phase.from_sample < at]
 
     def _weights_at(self, sample: int) -> dict[str, float]:
@@ -256,6 +268,11 @@ class Mixture(EpochDataset):
     ) -> BatchStream[Any]:
         cancelled = threading.Event()
         lanes, chunk = state.order.lanes, state.order.chunk
+        if lanes > state.num_samples:  # no state of it could be loaded
+            raise OptionInvalid(
+                f"{self.url}: a pass of {state.num_samples:,} samples is too short for {lanes:,} lanes; "
+                "use fewer (OrderOptions.lanes; by default one for each reader), or let it stop later"
+            )
         reading = Reading(
             order=self._mixture_order(state.order, state.epoch, state.num_samples),
             assignment=assignment,

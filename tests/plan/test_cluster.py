@@ -529,7 +529,11 @@ def test_the_state_of_a_large_run_is_under_a_kibibyte() -> None:
         digests=[f"{number:032x}" for number in range(1000)],
     )
     cluster = Cluster(512, 8, 64)
-    begin = replace(first_state(index.rows, cluster), identity={"fingerprint": index.fingerprint, "num_shards": index.num_shards}, epoch=99)
+    begin = replace(
+        first_state(index.rows, cluster),
+        identity={"fingerprint": index.fingerprint, "num_shards": index.num_shards},
+        epoch=99,
+    )
     text = saved(begin, cluster, "pad", 3000)
     assert len(text) < 1024
     assert loaded(text).position == 3000 * cluster.global_batch
