@@ -340,7 +340,15 @@ class StreamingDataset(EpochDataset):
         """
         policy = LossPolicy(skip=self._on_corrupt == "skip", max_rows=self._max_lost_rows(view))
         fetcher = self._fetcher(view.index, cancelled, slot, emit)
-        return Source(index=view.index, subset=view.subset, schema=schema, fetcher=fetcher, policy=policy)
+        return Source(
+            index=view.index,
+            subset=view.subset,
+            schema=schema,
+            fetcher=fetcher,
+            policy=policy,
+            counters=Counters(self._counts[slot]),
+            emit=emit,
+        )
 
     def _fetcher(self, index: Index, cancelled: threading.Event, slot: int, emit: Callable[[Event], None]) -> Fetcher:
         return Fetcher(

@@ -143,11 +143,15 @@ class EpochDataset(IterableDataset[Any]):
         """Return where a state that differs from what is open here can be gone on from all the same, if it can."""
         return None
 
+    def _advice(self, loaded: State, differences: Mapping[str, Any]) -> str:  # noqa: ARG002 -- a mixture needs them
+        """Return what to do about a state that has those *differences* from what is open here."""
+        return "Open the dataset as it was then, with the same seed and shuffle"
+
     # -- what there is ---------------------------------------------------------------------------------------------
 
     def __len__(self) -> int:
         """Return what a whole epoch yields on this rank: batches, or samples if there is no batch size."""
-        return self._assignment(self._rank(), Start(0, 0, 0, None)).rank_batches
+        return self._assignment(self._rank(), Start(0, 0, 0, self._start.peek().order)).rank_batches
 
     def stats(self) -> dict[str, int | float]:
         """Return what has been counted since this dataset was opened, over this rank's process and all its workers."""
@@ -251,14 +255,15 @@ class EpochDataset(IterableDataset[Any]):
             loaded.require_workers(num_workers, (self.batch_size or 1) * self._rank().world_size)
         here = Start(loaded.epoch, loaded.position, loaded.worker_batches, loaded.order)
         ours = replace(loaded.order, seed=self.seed, shuffle=self.shuffle)
-        differences = loaded.differences(self._state(Start(loaded.epoch, loaded.position, 0, ours), Topology()))
+        differences = loaded.differences(self._state(here._replace(order=ours), Topology()))
         if not differences:
             return here
-        advice = "Open the dataset as it was then, with the same seed and shuffle"
+        advice = self._advice(loaded, differences)
         if not strict:
-            other = self._start_of_other(loaded, differences)
+            has_begun = loaded.position > 0 or loaded.worker_batches > 0
+            other = self._start_of_other(loaded, differences) if has_begun else None
             if other is None and loaded.is_between_epochs:
-                other = Start(loaded.epoch + (loaded.position > 0), 0, 0, None)
+                other = Start(loaded.epoch + has_begun, 0, 0, None)
             if other is not None:
                 return other
             advice = (
@@ -279,12 +284,14 @@ class EpochDataset(IterableDataset[Any]):
         return start.order or self._first_order(start, topology)
 
     def _state(self, start: Start, topology: Topology) -> State:
+        start = start._replace(order=self._settings(start, topology))
+        assert start.order is not None  # for mypy: just set
         return State(
             epoch=start.epoch,
             position=start.position,
             num_samples=self._num_samples_of(start, topology),
             identity=self._identity(start),
-            order=self._settings(start, topology),
+            order=start.order,
             worker_batches=start.batches,
             num_workers=topology.num_workers,
             global_batch=(self.batch_size or 1) * topology.world_size if start.batches else 0,

@@ -28,7 +28,9 @@ from streamshards.plan.mixture import (
     MixtureSettings,
     SourceRows,
     Stop,
+    earliest_change,
     pass_length,
+    settled_phases,
 )
 from streamshards.plan.order import OrderSettings, resolve_order
 from streamshards.plan.state import State
@@ -55,9 +57,12 @@ class Mixture(EpochDataset):
             batches, order and ranks are the mixture's business. ``ds.take(n)`` and the like may be sources.
         weights: A number for each name, of any sum: ``{"web": 0.7, "code": 0.3}``. A list of ``(from_sample,
             weights)``, the first from 0, changes them: from the first whole round of lanes × chunk samples (by default
-            one step of all workers) at or after that many samples, counted over all ranks and passes.
+            one step of all workers) at or after that many samples, counted over all ranks and passes. A resume refuses
+            other weights for what lies behind; those ahead may change, if ``stop`` is a number.
         stop: When a pass ends: before the first sample that a source repeats (``"first_exhausted"``), once every
-            sample of every source has come (``"all_exhausted"``), or after a number of samples.
+            sample of every source has come (``"all_exhausted"``), or after a number of samples. The first two
+            depend a little on lanes and chunk, so the length is known exactly once those are: to the loader, or with
+            ``OrderOptions(lanes=…)``.
         batch_size: Samples in a batch of one rank. By default what all sources say.
         seed: Of which place of the 1,000 is whose; the same on all ranks.
         transform: Applied to each sample, as in StreamingDataset.
@@ -115,7 +120,7 @@ class Mixture(EpochDataset):
         self._schema = unite({name: source.schema for name, source in sources.items()})
         self._labels.require_free(self._schema, url=self.url)
         self._lengths: dict[tuple[int, int], int] = {}
-        assert self._num_samples_of(Start(0, 0, 0, None), Topology())  # refuses what cannot be, before anything starts
+        self._num_samples_of(Start(0, 0, 0, None), Topology())  # refuses what cannot be, before anything starts
 
     def _own(self) -> None:
         super()._own()
@@ -167,7 +172,8 @@ class Mixture(EpochDataset):
 
     def stats(self) -> dict[str, int | float]:
         """Return what has been counted, over all sources, this rank's process and all its workers."""
-        return summarize(torch.cat([self._counts, *(source._counts for source in self._sources.values())]))
+        distinct = {id(source): source._counts for source in self._sources.values()}  # one may have two names
+        return summarize(torch.cat([self._counts, *distinct.values()]))
 
     def __repr__(self) -> str:
         start = self._start.peek()
@@ -194,6 +200,8 @@ class Mixture(EpochDataset):
             int(source._index.raw_sizes.sum()) // max(1, source._index.num_samples) for source in self._sources.values()
         )
         num_samples = sum(source.num_samples for source in self._sources.values())
+        if isinstance(self._stop, int):
+            num_samples = min(num_samples, self._stop)
         return resolve_order(
             self._order,
             shuffle=True,
@@ -207,26 +215,40 @@ class Mixture(EpochDataset):
 
     def _identity(self, start: Start) -> dict[str, Any]:
         sources = {name: _identity_of(source) for name, source in self._sources.items()}
-        begun = self._begun_phases(start)
-        exact = [[phase.from_sample, [str(weight) for weight in phase.weights]] for phase in begun]
+        settled = self._settled_phases(start)
+        exact = [[phase.from_sample, [str(weight) for weight in phase.weights]] for phase in settled]
         return {
             "kind": "mixture",
-            "fingerprint": _digest([self._stop, sources, exact]),
+            "fingerprint": _digest([self._stop, list(sources.items()), exact]),
             "stop": self._stop,
-            "weights": {name: float(weight) for name, weight in zip(self.names, begun[-1].weights, strict=True)},
+            "weights": {name: float(weight) for name, weight in zip(self.names, settled[-1].weights, strict=True)},
             "sources": sources,
         }
 
     def _named(self, state: State) -> State:
-        return replace(state, identity=self._identity(Start(state.epoch, state.position, 0, state.order)))
+        return replace(
+            state, identity=self._identity(Start(state.epoch, state.position, state.worker_batches, state.order))
+        )
 
-    def _begun_phases(self, start: Start) -> list[Phase]:
-        """Return the weights that the stream has had before *start*, and those that hold there; later ones may change.
+    def _advice(self, loaded: State, differences: Mapping[str, Any]) -> str:
+        if any(name.split(".")[0] not in ("fingerprint", "weights") for name in differences):
+            return "Open the mixture as it was then: sources, seed, stop, and the weights up to this place"
+        shape = MixtureSettings(seed=self.seed, lanes=loaded.order.lanes, chunk=loaded.order.chunk)
+        at = loaded.epoch * loaded.num_samples + loaded.position
+        old = self._phases[: max(1, settled_phases(self._phases, shape, at) - 1)]
+        return (
+            "The sources stood in another order, or had other weights before this place. Weights that have been used "
+            f"stay, others can hold from sample {earliest_change(old, shape, at)} on"
+        )
 
-        A position may still lie in the round before a phase that has begun by its number: then it counts as begun.
-        """
-        at = start.epoch * self._num_samples_of(start, self._rank()) + start.position
-        return [phase for phase in self._phases if phase.from_sample == 0 or phase.from_sample < at]
+    def _settled_phases(self, start: Start) -> Sequence[Phase]:
+        """Return the weights that have had a part in the stream before *start*; later ones may change."""
+        order = self._settings(start, self._rank())
+        num_samples = self._num_samples_of(start, self._rank())
+        # How far a single worker is within its pass does not follow from its batches alone: all of it counts.
+        at = start.epoch * num_samples + (num_samples if start.batches else start.position)
+        shape = MixtureSettings(seed=order.seed, lanes=order.lanes, chunk=order.chunk)
+        return self._phases[: settled_phases(self._phases, shape, at)]
 
     def _weights_at(self, sample: int) -> dict[str, float]:
         phase = [phase for phase in self._phases if phase.from_sample <= sample][-1]
@@ -255,6 +277,11 @@ class Mixture(EpochDataset):
     ) -> BatchStream[Any]:
         cancelled = threading.Event()
         lanes, chunk = state.order.lanes, state.order.chunk
+        if lanes > state.num_samples:  # no state of it could be loaded
+            raise OptionInvalid(
+                f"{self.url}: a pass of {state.num_samples:,} samples is too short for {lanes:,} lanes; "
+                "use fewer (OrderOptions.lanes; by default one for each reader), or let it stop later"
+            )
         reading = Reading(
             order=self._mixture_order(state.order, state.epoch, state.num_samples),
             assignment=assignment,

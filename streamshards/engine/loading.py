@@ -17,6 +17,7 @@ import threading
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from functools import partial
+from typing import Final
 
 from streamshards.clock import Clock
 from streamshards.engine.blocks import (
@@ -32,9 +33,12 @@ from streamshards.engine.labels import NO_LABELS, Labels
 from streamshards.engine.retry import Cancelled
 from streamshards.engine.source import Source
 from streamshards.errors import ShardCorrupt, ShardMissing, TooManyCorrupt
-from streamshards.events import Counters, Event, ShardSkipped
+from streamshards.events import ShardSkipped
 from streamshards.plan.order import Block, EpochOrder, Piece
 from streamshards.plan.schedule import Visit
+
+_KEPT_LOSSES: Final = 4096
+"""Epochs whose losses are remembered: lanes are in different epochs of a small source at once."""
 
 
 @dataclass(eq=False, slots=True)
@@ -86,8 +90,6 @@ class BlockLoader:
         budget_bytes: Stored and raw bytes of all admitted blocks together.
         cancelled: Set to stop; shared with the fetcher.
         clock: Time.
-        counters: Where bytes and times are counted.
-        emit: Receives each event.
     """
 
     def __init__(
@@ -100,8 +102,6 @@ class BlockLoader:
         budget_bytes: int,
         cancelled: threading.Event,
         clock: Clock,
-        counters: Counters,
-        emit: Callable[[Event], None],
     ) -> None:
         self._sources = sources
         self._labels = labels
@@ -109,8 +109,6 @@ class BlockLoader:
         self._budget_bytes = budget_bytes
         self._cancelled = cancelled
         self._clock = clock
-        self._counters = counters
-        self._emit = emit
         self._changed = threading.Condition()
         self._loads: dict[Visit, _Load] = {}
         self._fetches: list[_Task] = []
@@ -303,7 +301,7 @@ class BlockLoader:
         except ShardCorrupt as error:
             self._lose(source, opened, error)
         decoded = reader.raw_bytes * opened.span.num_rows // reader.num_rows
-        self._counters.add(decode_ns=int((self._clock.now() - started) * 1e9), bytes_decoded=decoded)
+        source.counters.add(decode_ns=int((self._clock.now() - started) * 1e9), bytes_decoded=decoded)
 
     def _lose(self, source: Source, opened: OpenPiece, error: ShardCorrupt | ShardMissing) -> OpenPiece:
         if not source.policy.skip:
@@ -330,9 +328,9 @@ class BlockLoader:
             lost = losses.rows
         url = source.fetcher.url_of(piece.shard)
         if is_known:
-            self._counters.add(rows_skipped=piece.num_rows)
+            source.counters.add(rows_skipped=piece.num_rows)
         else:
-            self._emit(ShardSkipped(url, piece.shard, piece.num_rows, str(cause)))
+            source.emit(ShardSkipped(url, piece.shard, piece.num_rows, str(cause)))
         if lost > source.policy.max_rows:
             raise TooManyCorrupt(
                 f"{url}: {lost:,} rows lost to bad shards in this epoch, max_corrupt allows "
@@ -341,12 +339,12 @@ class BlockLoader:
             ) from cause
 
     def _losses_of(self, source: int, epoch: int) -> _Losses:
-        """Return what has been lost in one epoch of one source. Lanes wrap at different times: two epochs are kept."""
-        if (source, epoch) not in self._losses:
-            for key in [key for key in self._losses if key[0] == source and key[1] < epoch - 1]:
-                del self._losses[key]
-            self._losses[source, epoch] = _Losses()
-        return self._losses[source, epoch]
+        """Return what has been lost in one epoch of one source; the latest to lose anything are kept."""
+        losses = self._losses.pop((source, epoch), None) or _Losses()
+        if len(self._losses) >= _KEPT_LOSSES:
+            del self._losses[next(iter(self._losses))]
+        self._losses[source, epoch] = losses
+        return losses
 
     def _refill_from_another(self, load: _Load) -> LoadedBlock:
         """Return *load*'s block refilled from the next one with surviving rows; no other thread has a part in it."""

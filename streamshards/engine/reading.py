@@ -67,18 +67,19 @@ class Reading:
         """
         per_step = max(1, min(_SAMPLES_PER_STEP, _STEP_BYTES // self._row_bytes)) if self.in_samples else 1
         step_bytes = self._row_bytes * self.assignment.batch_size * per_step
-        ready = max(1, min(self.prefetch.ready_batches, self._memory_bytes // _READY_SHARE // step_bytes))
         sources = [replace(source, label_bytes=self.labels.block_row_bytes) for source in self.sources]
+        memory_bytes = int(self.prefetch.memory_bytes)
+        beside_blocks = memory_bytes - self._least_block_bytes(sources, 2 * step_bytes)
+        most = min(memory_bytes // _READY_SHARE // step_bytes, beside_blocks // step_bytes - 1)
+        ready = max(1, min(self.prefetch.ready_batches, most))
         loader = BlockLoader(
             sources,
             labels=self.labels,
             threads=self.prefetch.threads or min(8, max(2, 2 * self.cores)),
             cores=self.cores,
-            budget_bytes=self._block_budget(sources, (ready + 1) * step_bytes),
+            budget_bytes=memory_bytes - (ready + 1) * step_bytes,
             cancelled=self.cancelled,
             clock=self.clock,
-            counters=self.counters,
-            emit=self.emit,
         )
         return BatchStream(
             schedule(self.order, self.assignment, skip=self.skip, per_step=per_step),
@@ -97,31 +98,28 @@ class Reading:
         )
 
     @property
-    def _memory_bytes(self) -> int:
-        return int(self.prefetch.memory_bytes)
-
-    @property
     def _row_bytes(self) -> int:
         """A row's mean size with its labels, of the source whose rows are largest."""
         means = (int(s.index.raw_sizes.sum()) // max(1, s.index.num_samples) for s in self.sources)
         return max(1, *means) + self.labels.batch_row_bytes
 
-    def _block_budget(self, sources: Sequence[Source], reserved_bytes: int) -> int:
-        """Return the bytes that blocks may take.
+    def _least_block_bytes(self, sources: Sequence[Source], least_ready_bytes: int) -> int:
+        """Return the bytes of one block of each lane that this reader interleaves.
 
         Raises:
-            OptionInvalid: One block of each lane that this reader interleaves does not fit.
+            OptionInvalid: They do not fit beside *least_ready_bytes*.
         """
-        memory_bytes = self._memory_bytes
+        memory_bytes = int(self.prefetch.memory_bytes)
         tracks = tracks_read(self.order, self.assignment, period=self.period)
-        needed = reserved_bytes
+        block_bytes = 0
         for track, number in tracks:
             lane = self.order.lane(track, number)
-            needed += lane.order.max_block_bytes(lane.number, sources[lane.source].part_bytes)
+            block_bytes += lane.order.max_block_bytes(lane.number, sources[lane.source].part_bytes)
+        needed = block_bytes + least_ready_bytes
         if needed > memory_bytes:
             raise OptionInvalid(
                 f"{self.url}: this order interleaves {len(tracks)} lanes here, and a block of each needs "
                 f"{needed / MiB:,.0f} MiB at once; PrefetchOptions.memory_bytes is {memory_bytes / MiB:,.0f} MiB. "
                 f'Set memory_bytes="{-(-needed // MiB)}MiB", or use fewer lanes, a smaller shuffle_block or batch_size'
             )
-        return memory_bytes - reserved_bytes
+        return block_bytes

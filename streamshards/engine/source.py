@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cached_property
 
@@ -9,6 +10,7 @@ import numpy as np
 
 from streamshards.engine.blocks import loaded_sizes
 from streamshards.engine.fetch import Fetcher
+from streamshards.events import Counters, Event
 from streamshards.plan.index import Index
 from streamshards.plan.order import Block, Int64Array
 from streamshards.plan.subset import Subset
@@ -36,6 +38,10 @@ class Source:
     """The fields to read; each at or above the dataset's own."""
     fetcher: Fetcher
     policy: LossPolicy
+    counters: Counters
+    """Where its bytes, times and losses are counted."""
+    emit: Callable[[Event], None]
+    """Receives each event of it."""
     label_bytes: int = 0
     """What the labels of a row take in a block."""
 

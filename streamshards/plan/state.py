@@ -17,7 +17,8 @@ _MAX_INTEGER: Final = 2**63 - 1
 _INTEGERS: Final = ("version", "epoch", "position", "num_samples", "seed", "lanes", "chunk", "shuffle_block")
 _IDENTITY: Final = ("kind", "fingerprint", "num_shards", "subset", "stop", "weights", "sources")
 """Keys that name what is read; others, which a checkpointer may have added, are left alone."""
-_MAX_IDENTITY_BYTES: Final = 1 << 16
+_MAX_IDENTITY_BYTES: Final = 1 << 24
+"""About 100,000 sources of a mixture."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

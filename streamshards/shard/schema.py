@@ -254,9 +254,9 @@ def unite(schemas: Mapping[str, Schema]) -> Schema:
     empty = dict.fromkeys(path for schema in schemas.values() for path in schema.empty)
     nodes = {path[:depth] for path in (*fields, *empty) for depth in range(1, len(path))}
     for path in (*fields, *empty):
-        if path in nodes and path in fields:
+        if path in fields and (path in nodes or path in empty):
             raise OptionInvalid(f"{'.'.join(path)!r} is a value in {first_with[path]!r} and a dict in another source")
-    return Schema(tuple(united), tuple(path for path in empty if path not in nodes and path not in fields))
+    return Schema(tuple(united), tuple(path for path in empty if path not in nodes))
 
 
 def require_same_paths(expected: Iterable[Path], got: Iterable[Path]) -> None:

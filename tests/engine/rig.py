@@ -228,6 +228,8 @@ class Rig:
             schema=self.schema or self.dataset_schema,
             fetcher=self.fetcher(),
             policy=self.policy,
+            counters=self.counters,
+            emit=self.emit,
         )
 
     def loader(self) -> BlockLoader:
@@ -238,8 +240,6 @@ class Rig:
             budget_bytes=self.budget_bytes,
             cancelled=self.cancelled,
             clock=self.clock,
-            counters=self.counters,
-            emit=self.emit,
         )
 
     def stream(self, loader: BlockLoader | None = None) -> BatchStream[Any]:

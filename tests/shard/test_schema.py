@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import itertools
 import json
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -10,7 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from streamshards.errors import IndexInvalid, OptionInvalid, SampleInvalid
-from streamshards.shard.schema import DTYPES, Field, Schema, is_at_or_below, join
+from streamshards.shard.schema import DTYPES, Field, Schema, is_at_or_below, join, unite
 
 NULL = Field(("x",), "null", optional=True)
 FIXED = Field(("x",), "tensor", "float32", (3, 4))
@@ -90,6 +91,58 @@ def test_merge_keeps_the_order_of_the_first_and_refuses_other_fields() -> None:
         Schema((one,)).merge(Schema((one, two)))
     with pytest.raises(SampleInvalid, match="empty dicts 'e' stand, none came"):
         Schema((one,), (("e",),)).merge(Schema((one,)))
+
+
+def field(path: str, **changes: Any) -> Field:
+    return replace(Field(tuple(path.split(".")), "str"), **changes)
+
+
+def test_unite_keeps_the_order_of_first_sight_and_makes_optional_what_one_lacks() -> None:
+    one, two = Schema((field("a"), field("b.c"))), Schema((field("d"), field("a")))
+    assert unite({"one": one, "two": two}).fields == (
+        field("a"),
+        field("b.c", optional=True),
+        field("d", optional=True),
+    )
+    assert unite({"one": one}) == one
+
+
+@given(fields, fields, fields)
+def test_unite_is_above_each_schema_and_says_the_same_in_any_grouping(a: Field, b: Field, c: Field) -> None:
+    """Whatever three sources have at one path, each reads as the united field, which is the join of all."""
+    united = unite({"a": Schema((a,)), "b": Schema((b,)), "c": Schema((c,)), "d": Schema((replace(c, path=("y",)),))})
+    (at_x, at_y) = united.fields
+    assert replace(at_x, optional=True) == replace(join(join(a, b), c), optional=True)
+    assert at_x.optional
+    assert at_y == replace(c, path=("y",), optional=True)
+    for of_one in (a, b, c):
+        assert is_at_or_below(of_one, at_x)
+
+
+@pytest.mark.parametrize(("stands", "came"), list(itertools.permutations(CONFLICTS, 2)))
+def test_unite_names_both_sources_and_the_field_that_clash(stands: Field, came: Field) -> None:
+    """Also when a source between them lacks the field."""
+    with pytest.raises(OptionInvalid, match=r"'web' and 'code' cannot be mixed: field 'x'.*columns=") as caught:
+        unite({"web": Schema((stands,)), "books": Schema((field("y"),)), "code": Schema((came,))})
+    assert f"expected {stands.describe()}" in str(caught.value)
+    assert f"got {came.describe()}" in str(caught.value)
+
+
+def test_unite_of_a_value_and_a_dict_is_refused() -> None:
+    """A field here that is a dict there, with fields or empty, cannot come back as it went in."""
+    value = Schema((field("a.b"),))
+    for other in (Schema((field("a.b.c"),)), Schema((field("z"),), (("a", "b"),)), Schema((), (("a", "b", "c"),))):
+        for schemas in ({"one": value, "two": other}, {"two": other, "one": value}):
+            with pytest.raises(OptionInvalid, match=r"'a\.b' is a value in 'one' and a dict in another source"):
+                unite(schemas)
+
+
+def test_unite_keeps_empty_dicts_unless_another_source_fills_them() -> None:
+    empty, full = Schema((field("z"),), (("a",), ("e", "f"))), Schema((field("a.b"),))
+    united = unite({"empty": empty, "full": full})
+    assert united.empty == (("e", "f"),)
+    assert [(one.name, one.optional) for one in united.fields] == [("z", True), ("a.b", True)]
+    assert Schema.from_json(united.to_json()) == united
 
 
 def nested() -> Schema:
