@@ -155,7 +155,8 @@ class StreamingDataset(EpochDataset):
         """Consist of what *cuts* leave of the dataset."""
         self._subset = Subset(self._index.rows, cuts)
         self._earlier: dict[int, _View] = {}
-        if self._order.lanes is not None and self._order.lanes > max(1, self.num_samples):
+        # A small part of a dataset has as many lanes as it can; a whole one says so at once.
+        if not cuts and self._order.lanes is not None and self._order.lanes > max(1, self.num_samples):
             raise OptionInvalid(
                 f"lanes={self._order.lanes:,} is more than the {self.num_samples:,} samples of {self.url}"
             )

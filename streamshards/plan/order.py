@@ -94,7 +94,7 @@ def resolve_order(
         global_batch: Samples of one step over all ranks.
         topology: The cluster of the first start.
     """
-    lanes = options.lanes or min(topology.num_readers, max(num_samples, 1))
+    lanes = min(options.lanes or topology.num_readers, max(num_samples, 1))
     per_rank = global_batch // topology.world_size
     chunk = options.chunk or (max(1, global_batch // lanes) if options.lanes else per_rank)
     row_bytes = max(1, raw_bytes // max(num_samples, 1))
