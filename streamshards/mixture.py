@@ -243,8 +243,9 @@ class Mixture(EpochDataset):
 
     def _settled_phases(self, start: Start) -> Sequence[Phase]:
         """Return the weights that have had a part in the stream before *start*; later ones may change."""
-        order = self._settings(start, self._rank())
-        num_samples = self._num_samples_of(start, self._rank())
+        order = start.order
+        assert order is not None  # a state always has one
+        num_samples = self._num_samples_of(start, Topology())
         # How far a single worker is within its pass does not follow from its batches alone: all of it counts.
         at = start.epoch * num_samples + (num_samples if start.batches else start.position)
         shape = MixtureSettings(seed=order.seed, lanes=order.lanes, chunk=order.chunk)

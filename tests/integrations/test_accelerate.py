@@ -7,9 +7,10 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from accelerate import Accelerator
+from accelerate import Accelerator, skip_first_batches
 from accelerate.state import AcceleratorState, GradientState
 
+from streamshards import StreamingDataLoader, StreamingDataset, StreamShardsError
 from tests.datasets import flat, ids, write
 from tests.integrations.accelerate_ranks import STEPS_BEFORE, make, prepared
 from tests.integrations.launch import torchrun
@@ -82,3 +83,10 @@ def test_accumulated_gradients_carry_over_the_end_of_an_epoch(url: str) -> None:
             with accelerator.accumulate(model):
                 steps.append(accelerator.sync_gradients)
     assert steps == [number % 4 == 0 for number in range(1, len(steps) + 1)]
+
+
+def test_skip_first_batches_is_refused(url: str) -> None:
+    """It makes another loader over what ours reads, which would not know the place."""
+    loader = StreamingDataLoader(StreamingDataset(url, batch_size=4, shuffle=True))
+    with pytest.raises(StreamShardsError, match="only that loader can iterate it"):
+        next(iter(skip_first_batches(loader, 2)))
