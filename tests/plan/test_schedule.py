@@ -15,10 +15,11 @@ from hypothesis import strategies as st
 
 from streamshards.plan import schedule as schedule_module
 from streamshards.plan.assignment import Assignment, Tail
-from streamshards.plan.mixture import MixtureOrder, MixtureSettings, SourceRows, parse_weights
+from streamshards.plan.mixture import MixtureOrder, MixtureSettings, SourceRows
 from streamshards.plan.order import EpochOrder, OrderSettings
 from streamshards.plan.schedule import SampleOrder, Step, Visit, schedule
 from streamshards.plan.topology import Topology
+from streamshards.plan.weights import parse_weights
 
 TAILS: tuple[Tail, ...] = ("pad", "drop", "uneven")
 
