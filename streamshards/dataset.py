@@ -136,6 +136,8 @@ class StreamingDataset(EpochDataset):
         self._order = require_options(order, OrderOptions, name="order")
         self._retry = require_options(retry, RetryOptions, name="retry")
         self._trust_pickle = trust_pickle
+        if isinstance(url, (list, tuple, Mapping)):
+            raise OptionInvalid(f"url={url!r} must be one url; to read several datasets together, use Mixture")
         self._store = open_store(url, storage_options)
         self._index = load_index(
             self._store,
@@ -277,6 +279,14 @@ class StreamingDataset(EpochDataset):
 
     def _num_samples_of(self, start: Start, topology: Topology) -> int:  # noqa: ARG002 -- a mixture needs it
         return self._view(start).subset.num_samples
+
+    _forgiven = "shards appended since, if they changed no field, and "
+
+    def _advice(self, loaded: State, differences: Mapping[str, Any]) -> str:
+        if "subset" in differences:
+            theirs = loaded.identity.get("subset")
+            return f"Take the same part as then: {'all of it' if theirs is None else theirs}"
+        return super()._advice(loaded, differences)
 
     def _start_of_other(self, loaded: State, differences: Mapping[str, Any]) -> Start | None:
         """Return where to go on from a state of this dataset before shards were appended to it."""

@@ -17,7 +17,7 @@ from streamshards.engine.guard import end_with_parent
 from streamshards.engine.labels import Labels
 from streamshards.engine.prefetch import BatchStream
 from streamshards.errors import OptionInvalid, StreamShardsError
-from streamshards.events import Counters, Event, Observer, emit, summarize
+from streamshards.events import Counters, Event, Observer, emit, logger, summarize
 from streamshards.options import PrefetchOptions, require_int, require_options
 from streamshards.plan.assignment import Assignment, require_tail
 from streamshards.plan.order import OrderSettings
@@ -65,7 +65,9 @@ class EpochDataset(IterableDataset[Any]):
         elif batch_transform is not None:
             raise OptionInvalid("batch_transform needs a batch_size; without one, pass transform")
         self.batch_size = batch_size
-        self.shuffle = bool(shuffle)
+        if not isinstance(shuffle, bool):
+            raise OptionInvalid(f"shuffle={shuffle!r} must be True or False")
+        self.shuffle = shuffle
         self.seed = require_int(seed, name="seed", minimum=0)
         self.tail = require_tail(tail)
         self._transform = transform
@@ -139,6 +141,9 @@ class EpochDataset(IterableDataset[Any]):
     ) -> BatchStream[Any]:
         """Return the batches of one reader, its threads running."""
 
+    _forgiven = ""
+    """What ``strict=False`` forgives in the middle of an epoch, for messages."""
+
     def _start_of_other(self, loaded: State, differences: Mapping[str, Any]) -> Start | None:  # noqa: ARG002
         """Return where a state that differs from what is open here can be gone on from all the same, if it can."""
         return None
@@ -185,7 +190,7 @@ class EpochDataset(IterableDataset[Any]):
             return self._named(self._progress.state()).to_dict()
         if self._followed_generation == self._start.generation:
             raise StreamShardsError(
-                f"{self.url}: a StreamingDataLoader iterates this dataset and knows its place; ask loader.state_dict()"
+                f"{self.url}: a StreamingDataLoader iterates this dataset and knows the place: use loader.state_dict()"
             )
         if current_slot() == 0 and self._start.have_workers_begun:
             raise StreamShardsError(
@@ -265,11 +270,11 @@ class EpochDataset(IterableDataset[Any]):
             if other is None and loaded.is_between_epochs:
                 other = Start(loaded.epoch + has_begun, 0, 0, None)
             if other is not None:
+                logger.warning("strict=False: goes on all the same. %s", mismatch(self.url, differences, ""))
                 return other
             advice = (
-                "strict=False forgives shards appended since, if they changed no field, and any difference between two "
-                f"epochs; this state lies in the middle of epoch {loaded.epoch}, at {loaded.position:,} of "
-                f"{loaded.num_samples:,}"
+                f"strict=False forgives {self._forgiven}any difference between two epochs; this state lies in the "
+                f"middle of epoch {loaded.epoch}, at {loaded.position:,} of {loaded.num_samples:,}"
             )
         elif self._start_of_other(loaded, differences) is not None:
             advice = "Shards have been appended since: strict=False ends the state's epoch without them"

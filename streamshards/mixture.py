@@ -131,8 +131,8 @@ class Mixture(EpochDataset):
 
     @property
     def url(self) -> str:
-        """The sources' names and urls; names the mixture in messages."""
-        return "+".join(source.url for source in self._sources.values())
+        """The sources' names and urls, for messages."""
+        return f"Mixture({', '.join(f'{name}={source.url}' for name, source in self._sources.items())})"
 
     @property
     def names(self) -> tuple[str, ...]:
@@ -216,14 +216,18 @@ class Mixture(EpochDataset):
     def _identity(self, start: Start) -> dict[str, Any]:
         sources = {name: _identity_of(source) for name, source in self._sources.items()}
         settled = self._settled_phases(start)
-        exact = [[phase.from_sample, [str(weight) for weight in phase.weights]] for phase in settled]
         return {
             "kind": "mixture",
-            "fingerprint": _digest([self._stop, list(sources.items()), exact]),
+            "fingerprint": self._fingerprint(settled),
             "stop": self._stop,
             "weights": {name: float(weight) for name, weight in zip(self.names, settled[-1].weights, strict=True)},
             "sources": sources,
         }
+
+    def _fingerprint(self, settled: Sequence[Phase]) -> str:
+        sources = [(name, _identity_of(source)) for name, source in self._sources.items()]
+        exact = [[phase.from_sample, [str(weight) for weight in phase.weights]] for phase in settled]
+        return _digest([self._stop, sources, exact])
 
     def _named(self, state: State) -> State:
         return replace(
@@ -236,10 +240,10 @@ class Mixture(EpochDataset):
         shape = MixtureSettings(seed=self.seed, lanes=loaded.order.lanes, chunk=loaded.order.chunk)
         at = loaded.epoch * loaded.num_samples + loaded.position
         old = self._phases[: max(1, settled_phases(self._phases, shape, at) - 1)]
-        return (
-            "The sources stood in another order, or had other weights before this place. Weights that have been used "
-            f"stay, others can hold from sample {earliest_change(old, shape, at)} on"
-        )
+        if len(old) < len(self._phases) and loaded.identity["fingerprint"] == self._fingerprint(old):
+            early, earliest = self._phases[len(old)].from_sample, earliest_change(old, shape, at)
+            return f"The weights from sample {early} begin too early: they can from sample {earliest} on"
+        return "The sources stood in another order, or had other weights before this place, and those stay as they were"
 
     def _settled_phases(self, start: Start) -> Sequence[Phase]:
         """Return the weights that have had a part in the stream before *start*; later ones may change."""
@@ -332,6 +336,8 @@ def _require_sources(sources: object) -> None:
             raise OptionInvalid(
                 f"source {name!r} has a transform: give it to the Mixture, where sample['source'] tells sources apart"
             )
+        if source._labels:
+            raise OptionInvalid(f"source {name!r} has with_keys or with_mask: give them to the Mixture")
         if source._order.lanes is not None or source._order.chunk is not None:
             raise OptionInvalid(f"source {name!r} has OrderOptions with lanes or chunk: give them to the Mixture")
 

@@ -72,7 +72,7 @@ class State:
             )
         missing = [name for name in (*_INTEGERS, "fingerprint", "shuffle") if name not in state]
         if missing:
-            raise ResumeMismatch(f"the state lacks {', '.join(missing)}; pass what state_dict() returned, unchanged")
+            raise ResumeMismatch(f"the state lacks {', '.join(missing)}; {_hint(state)}")
         numbers = {name: state[name] for name in _INTEGERS}
         numbers["worker_batches"] = state.get("worker_batches", 0)
         numbers["num_workers"] = state.get("num_workers", 1)
@@ -197,7 +197,20 @@ def mismatch(url: str, differences: Mapping[str, tuple[Any, Any]], advice: str) 
     words = "; ".join(
         f"{name} is {_word(here)} here and {_word(there)} in the state" for name, (here, there) in differences.items()
     )
+    if "kind" in differences:
+        ours, theirs = (f"a {kind or 'dataset'}" for kind in differences["kind"])
+        return ResumeMismatch(f"{url}: the state is of {theirs}, this is {ours}")
     return ResumeMismatch(f"{url}: the state is of another dataset or order: {words}. {advice}")
+
+
+def _hint(state: Mapping[str, Any]) -> str:
+    """Return what to pass instead of a dict that is no state."""
+    if any(str(name).startswith("_") for name in state):
+        return "it looks like one of torchdata's StatefulDataLoader, which only that loader takes back"
+    inner = [name for name, value in state.items() if isinstance(value, Mapping) and "fingerprint" in value]
+    if inner:
+        return f"there is one under {inner[0]!r}: pass that part"
+    return "pass what state_dict() returned, unchanged"
 
 
 def _word(value: Any) -> str:

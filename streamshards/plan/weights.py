@@ -87,7 +87,8 @@ def _exact(weight: object, *, name: str) -> Fraction:
 def require_ascending(phases: Sequence[Phase]) -> None:
     """Check that there is a phase from sample 0, and that each next one begins later."""
     if not phases or phases[0].from_sample != 0:
-        raise OptionInvalid(f"weights must begin with a phase from sample 0; they begin {phases[:1]!r}")
+        begin = f"from sample {phases[0].from_sample:,}" if phases else "nowhere"
+        raise OptionInvalid(f"weights must begin with a phase from sample 0; they begin {begin}")
     for before, after in pairwise(phases):
         if after.from_sample <= before.from_sample:
             raise OptionInvalid(
