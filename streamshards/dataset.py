@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Callable, Mapping, Sequence
+from copy import copy
 from dataclasses import dataclass
 from operator import index as whole_number
 from typing import Any, Final, Literal, TypeVar
@@ -254,8 +255,7 @@ class StreamingDataset(EpochDataset):
 
     def _cut(self: DatasetT, cut: Cut) -> DatasetT:
         """Return the same dataset anew, at the beginning of epoch 0, with *cut* applied."""
-        part = object.__new__(type(self))
-        part.__dict__.update(self.__dict__)
+        part = copy(self)
         part._begin_life()
         part._choose((*self._subset.cuts, cut))
         return part

@@ -8,7 +8,7 @@ from abc import abstractmethod
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import replace
 from functools import partial
-from typing import Any
+from typing import Any, TypeVar
 
 from torch.utils.data import IterableDataset, default_collate
 
@@ -16,12 +16,12 @@ from streamshards.clock import SystemClock
 from streamshards.engine.guard import end_with_parent
 from streamshards.engine.labels import Labels
 from streamshards.engine.prefetch import BatchStream
-from streamshards.errors import OptionInvalid, StreamShardsError
+from streamshards.errors import OptionInvalid, ResumeMismatch, StreamShardsError
 from streamshards.events import Counters, Event, Observer, emit, logger, summarize
 from streamshards.options import PrefetchOptions, require_int, require_options
 from streamshards.plan.assignment import Assignment, require_tail
 from streamshards.plan.order import OrderSettings
-from streamshards.plan.state import State, mismatch
+from streamshards.plan.state import MAX_EPOCH, State, mismatch
 from streamshards.plan.topology import Topology
 from streamshards.runtime import (
     RankSource,
@@ -30,11 +30,13 @@ from streamshards.runtime import (
     current_rank,
     current_slot,
     current_worker,
+    is_shared,
     shared_counters,
 )
 from streamshards.shard.columns import Columns, to_batch, to_owned_samples, to_samples
 from streamshards.starts import SharedStart, Start
 
+EpochDatasetT = TypeVar("EpochDatasetT", bound="EpochDataset")
 Sample = dict[str, Any]
 
 
@@ -101,6 +103,19 @@ class EpochDataset(IterableDataset[Any]):
             told = None
         chosen = self._chosen_rank if told is None or not callable(self._chosen_rank) else partial(answered_rank, *told)
         return {**self.__dict__, "_progress": None, "_told_rank": told, "_chosen_rank": chosen}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__dict__.update(state)
+        if not is_shared(self._counts):  # copied or unpickled: workers that are made here would not see it
+            self._counts = shared_counters()
+
+    def __copy__(self: EpochDatasetT) -> EpochDatasetT:
+        """Return the same dataset at the same place, which from now on has epochs of its own."""
+        other = object.__new__(type(self))
+        other.__dict__.update(self.__dict__)
+        other._begin_life()
+        other._start.restart(self._start.peek())
+        return other
 
     def _own(self) -> None:
         """Part from what a parent process shares with its other children: each rank has its own epochs and counts."""
@@ -169,7 +184,7 @@ class EpochDataset(IterableDataset[Any]):
 
         A place in the middle of that very epoch, loaded by ``load_state_dict`` and not yet used, is kept.
         """
-        require_int(epoch, name="epoch", minimum=0)
+        require_int(epoch, name="epoch", minimum=0, maximum=MAX_EPOCH)
         start = self._start.peek()
         resumes_in_it = start.epoch == epoch and start.position + start.batches > 0
         if not resumes_in_it or self._start.have_workers_begun:
@@ -260,15 +275,17 @@ class EpochDataset(IterableDataset[Any]):
             loaded.require_workers(num_workers, (self.batch_size or 1) * self._rank().world_size)
         here = Start(loaded.epoch, loaded.position, loaded.worker_batches, loaded.order)
         ours = replace(loaded.order, seed=self.seed, shuffle=self.shuffle)
-        differences = loaded.differences(self._state(here._replace(order=ours), Topology()))
+        try:
+            differences = loaded.differences(self._state(here._replace(order=ours), Topology()))
+        except OptionInvalid as error:  # an order that cannot be
+            raise ResumeMismatch(f"{self.url}: the state cannot be right: {error}") from error
         if not differences:
             return here
         advice = self._advice(loaded, differences)
         if not strict:
-            has_begun = loaded.position > 0 or loaded.worker_batches > 0
-            other = self._start_of_other(loaded, differences) if has_begun else None
+            other = self._start_of_other(loaded, differences)
             if other is None and loaded.is_between_epochs:
-                other = Start(loaded.epoch + has_begun, 0, 0, None)
+                other = Start(loaded.epoch + (loaded.position > 0), 0, 0, None)
             if other is not None:
                 logger.warning("strict=False: goes on all the same. %s", mismatch(self.url, differences, ""))
                 return other

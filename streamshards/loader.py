@@ -123,7 +123,7 @@ class StreamingDataLoader(DataLoader[Any]):
             looked_away, self._seen_generation = self._seen_generation, dataset_start.generation
             said = dataset_start.peek()
             is_same = said.epoch == self._next.epoch and self._next.position > 0 and said.position == 0
-            if not is_same or self._seen_generation - looked_away > 1:
+            if not is_same or dataset_start.said_since > looked_away + 1:
                 self._next = said._replace(order=said.order or self._next.order)
             self._latest = self._current = None
         return self._next

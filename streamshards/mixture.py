@@ -41,6 +41,8 @@ from streamshards.shard.columns import Columns
 from streamshards.shard.schema import Schema, unite
 from streamshards.starts import Start
 
+_ROUNDS: Final = 32
+"""Rounds (samples: lanes times chunk) that a pass has at least, by default, if it ends with a source."""
 _MAX_LANES: Final = 1 << 16
 """Finding where a mixture stops, and counting, costs about 50 µs a lane."""
 
@@ -200,10 +202,20 @@ class Mixture(EpochDataset):
             int(source._index.raw_sizes.sum()) // max(1, source._index.num_samples) for source in self._sources.values()
         )
         num_samples = sum(source.num_samples for source in self._sources.values())
+        options = self._order
         if isinstance(self._stop, int):
             num_samples = min(num_samples, self._stop)
+        elif options.lanes is None:
+            # Where a source ends, each lane has given its share only to within a part of a block; the first to be
+            # through ends the pass. So lanes must be long, and a round of them short, for little to be missing.
+            options = replace(options, lanes=max(1, min(topology.num_readers, num_samples // (2 * MIXTURE_BLOCK))))
+        if not isinstance(self._stop, int) and options.chunk is None:
+            chunk = self.batch_size or 1
+            while chunk > 1 and (options.lanes or 1) * chunk * _ROUNDS > num_samples:
+                chunk = -(-chunk // 2)
+            options = replace(options, chunk=chunk)
         return resolve_order(
-            self._order,
+            options,
             shuffle=True,
             seed=self.seed,
             num_samples=num_samples,

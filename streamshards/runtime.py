@@ -170,6 +170,11 @@ def shared_counters() -> torch.Tensor:
     return shared_zeros(1 + MAX_WORKERS, len(COUNTERS))
 
 
+def is_shared(tensor: torch.Tensor) -> bool:
+    """Return whether *tensor* lies in memory that other processes may see."""
+    return bool(tensor.is_shared())  # type: ignore[no-untyped-call]  # torch does not annotate it
+
+
 def shared_zeros(*shape: int) -> torch.Tensor:
     """Return int64 zeros in shared memory: fresh from the system, because in a process forked by a parent that has
     used torch's thread pool, filling or copying more than a little memory with torch would wait for ever."""

@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import os
-from typing import Final, NamedTuple
+from typing import Any, Final, NamedTuple
 
 import numpy as np
 import torch
 
 from streamshards.errors import StreamShardsError
 from streamshards.plan.order import OrderSettings
-from streamshards.runtime import MAX_WORKERS, current_worker, parent_pid, shared_zeros, worker_seed
+from streamshards.runtime import MAX_WORKERS, current_worker, is_shared, parent_pid, shared_zeros, worker_seed
 
 
 class Start(NamedTuple):
@@ -37,6 +37,8 @@ class _Said(NamedTuple):
     lanes: int
     chunk: int
     shuffle_block: int
+    since: int
+    """The first generation of an unbroken row that said the same epoch from its beginning."""
 
 
 _BEGUN: Final = len(_Said._fields)
@@ -71,7 +73,7 @@ class SharedStart:
         self._words = shared_zeros(_HEAD + MAX_WORKERS)
         self._ledger = shared_zeros(_LEDGER_ROWS, 3)
         self._owner = os.getpid()
-        self._latest = _Said(0, 0, 0, 0, 0, 0, 0)
+        self._latest = _Said(0, 0, 0, 0, 0, 0, 0, 0)
         """As the owner last said it. A worker has it as it stood when its process was made."""
         # Of a worker process alone:
         self._seen: _Said | None = None
@@ -83,6 +85,11 @@ class SharedStart:
     def generation(self) -> int:
         """How often :meth:`restart` was called."""
         return self._said().generation
+
+    @property
+    def said_since(self) -> int:
+        """The generation since which nothing but the latest start has been said, and nobody has begun."""
+        return self._said().since
 
     @property
     def have_workers_begun(self) -> bool:
@@ -99,7 +106,12 @@ class SharedStart:
         if np.count_nonzero(self._ledger.numpy()[:, 0]) > _LEDGER_ROWS // 2:  # the rows of workers long gone
             self._ledger.zero_()
             self._words[_HEAD:] = 0
-        said = self._said()._replace(epoch=start.epoch, position=start.position, num_shards=start.num_shards)
+        before = self._said()
+        said = before._replace(epoch=start.epoch, position=start.position, num_shards=start.num_shards)
+        has_begun = bool(self._words[_BEGUN]) or self.have_workers_begun
+        is_said_again = said == before and said.position == 0 and not has_begun
+        if not is_said_again:
+            said = said._replace(since=before.generation + 1)
         if start.order is not None:
             order = start.order
             said = said._replace(lanes=order.lanes, chunk=order.chunk, shuffle_block=order.shuffle_block)
@@ -119,12 +131,21 @@ class SharedStart:
         """
         if self._owner == os.getpid() or current_worker() is not None:
             return False
-        self._latest = self._said()
-        self._words = shared_zeros(len(self._words))
-        self._words[:_HEAD] = torch.tensor([*self._latest, 0])
+        self._share(self._said())
+        return True
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__dict__.update(state)
+        if not is_shared(self._words):  # copied or unpickled: workers that are made here would not see it
+            self._share(self._said())
+
+    def _share(self, said: _Said) -> None:
+        """Begin anew in this process, at what was *said*."""
+        self._latest = said
+        self._words = shared_zeros(_HEAD + MAX_WORKERS)
+        self._words[:_HEAD] = torch.tensor([*said, 0])
         self._ledger = shared_zeros(_LEDGER_ROWS, 3)
         self._owner = os.getpid()
-        return True
 
     def said(self) -> Start:
         """Return what the last :meth:`restart` said, whoever has begun since."""

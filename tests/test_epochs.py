@@ -6,8 +6,11 @@ shared memory, and StreamingDataLoader, which tells them.
 
 from __future__ import annotations
 
+import copy
 import itertools
 import multiprocessing
+import pickle
+from collections.abc import Iterator
 from multiprocessing.context import BaseContext
 from multiprocessing.synchronize import Event
 from typing import Any, Final
@@ -177,6 +180,46 @@ def test_set_epoch_in_the_loop_is_what_the_state_says(url: str, epochs: list[Bat
         assert (loader.state_dict()["epoch"], loader.state_dict()["position"]) == (5, 0)
         assert len(ids(running)) == NUM_BATCHES - 4
         assert ids(loader) == epochs[5]
+
+
+@pytest.mark.parametrize("times", [1, 2, 3])
+@pytest.mark.parametrize("speaker", ["loader", "dataset"])
+def test_set_epoch_of_a_loaded_epoch_as_often_as_you_like(
+    url: str, epochs: list[Batches], times: int, speaker: str
+) -> None:
+    """A training loop and a framework may both say it: the loaded place is kept, and after it set_epoch goes back."""
+    dataset = make_dataset(url)
+    loader = StreamingDataLoader(dataset)
+    for epoch in (0, 1):
+        loader.load_state_dict(place(url, epoch=epoch, taken=2))
+        for _ in range(times):
+            (loader if speaker == "loader" else dataset).set_epoch(epoch)
+        assert ids(loader) == epochs[epoch][2:]
+    for _ in range(times):
+        loader.set_epoch(0)
+    assert ids(loader) == epochs[0]
+    assert ids(loader) == epochs[1]
+
+
+def copied(dataset: StreamingDataset) -> Iterator[StreamingDataset]:
+    yield copy.copy(dataset)
+    yield copy.deepcopy(dataset)
+    yield pickle.loads(pickle.dumps(dataset))
+
+
+@loaders
+def test_copies_have_epochs_of_their_own(url: str, epochs: list[Batches], kind: str) -> None:
+    """A copy, however it was made, begins where the original stood, tells its workers, and moves nobody else."""
+    dataset = make_dataset(url)
+    dataset.set_epoch(1)
+    for other in copied(dataset):
+        loader = make(kind, other)
+        assert [ids(loader), ids(loader)] == epochs[1:3]
+        other.set_epoch(0)
+        assert ids(loader) == epochs[0]
+        assert other.stats()["samples"] >= 3 * NUM_SAMPLES
+    assert dataset.stats()["samples"] == 0
+    assert ids(make(kind, dataset)) == epochs[1]
 
 
 @pytest.mark.parametrize("looks", [False, True])

@@ -614,6 +614,41 @@ def test_each_difference_is_named(urls: Urls, tmp_path: Path) -> None:
     assert "had other weights before this place" in refusal(earlier)
 
 
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"weights": {1: 2}},
+        {"sources": {1: 2}},
+        {"sources": []},
+        {"lanes": 70_000, "num_samples": 10**6},
+        {"epoch": 2**62},
+    ],
+    ids=str,
+)
+def test_a_state_edited_by_hand_is_refused(urls: Urls, changes: dict[str, Any]) -> None:
+    """Whatever was written into it: ResumeMismatch, and nothing else."""
+    mix = make(urls, stop=500)
+    with pytest.raises(ResumeMismatch):
+        mix.load_state_dict({**taken(mix, 3), **changes})
+
+
+@pytest.mark.parametrize("num_samples", [400, 1000, 10_000])
+@pytest.mark.parametrize(("world_size", "num_workers", "batch_size"), [(1, 0, 32), (8, 0, 32), (8, 4, 256)])
+def test_a_pass_that_ends_with_a_source_misses_little(
+    tmp_path: Path, num_samples: int, world_size: int, num_workers: int, batch_size: int
+) -> None:
+    """By default, lanes are so few and chunks so short that on any cluster nine tenths of small sources come."""
+    urls = {name: str(tmp_path / name) for name in "ab"}
+    for url in urls.values():
+        with ShardWriter(url) as out:
+            out.write_batch({"id": torch.arange(num_samples // 2)})
+    sources = {name: StreamingDataset(url, batch_size=batch_size, shuffle=True) for name, url in urls.items()}
+    topology = Topology(rank=0, world_size=world_size)
+    mix = Mixture(sources, weights={"a": 1, "b": 1}, topology=topology)
+    state = StreamingDataLoader(mix, num_workers=num_workers).state_dict()
+    assert 0.9 * num_samples <= state["num_samples"] <= num_samples
+
+
 def test_sources_in_another_order_are_another_mixture(urls: Urls) -> None:
     """The numbers in "source" and the order itself follow the order of the names: a state holds for one of them."""
     equal = {"web": 1, "code": 1}
@@ -689,9 +724,9 @@ def test_strict_false_forgives_between_two_passes(urls: Urls) -> None:
 def test_a_state_of_a_dataset_is_none_of_a_mixture(urls: Urls) -> None:
     """And the other way round; the text says which is which."""
     mix, alone = make(urls, {"web": 1}), source(urls, "web", batch_size=24, seed=11)
-    with pytest.raises(ResumeMismatch, match="kind is 'mixture' here and missing in the state"):
+    with pytest.raises(ResumeMismatch, match="the state is of a dataset, this is a mixture"):
         mix.load_state_dict(alone.state_dict())
-    with pytest.raises(ResumeMismatch, match="kind is missing here and 'mixture' in the state"):
+    with pytest.raises(ResumeMismatch, match="the state is of a mixture, this is a dataset"):
         alone.load_state_dict(mix.state_dict())
 
 

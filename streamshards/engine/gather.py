@@ -77,6 +77,12 @@ class BatchBuilder:
         return data
 
 
+def fixed_row_bytes(schema: Schema) -> int:
+    """Return the bytes that the parts of fixed size take in each row of a batch, whether present or not."""
+    parts = [(field, part) for field in schema.fields for part in field.parts if _is_fixed(field, part)]
+    return sum(math.prod(part_shape(field, part, 1, 0)[1:]) * part_dtype(field, part).itemsize for field, part in parts)
+
+
 def _is_fixed(field: Field, part: Part) -> bool:
     """Return whether each row takes the same room in that part."""
     return part in ("shapes", "present") or (part == "values" and field.kind == "tensor")

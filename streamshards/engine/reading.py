@@ -8,6 +8,7 @@ from dataclasses import dataclass, replace
 from typing import Any, Final
 
 from streamshards.clock import Clock
+from streamshards.engine.gather import fixed_row_bytes
 from streamshards.engine.labels import Labels
 from streamshards.engine.loading import BlockLoader
 from streamshards.engine.prefetch import BatchStream
@@ -69,15 +70,17 @@ class Reading:
         step_bytes = self._row_bytes * self.assignment.batch_size * per_step
         sources = [replace(source, label_bytes=self.labels.block_row_bytes) for source in self.sources]
         memory_bytes = int(self.prefetch.memory_bytes)
-        beside_blocks = memory_bytes - self._least_block_bytes(sources, 2 * step_bytes)
-        most = min(memory_bytes // _READY_SHARE // step_bytes, beside_blocks // step_bytes - 1)
+        # Besides those that are ready, one is being assembled; where sources alternate, it is copied into its order.
+        unready = 1 if len(sources) == 1 else 2
+        beside_blocks = memory_bytes - self._least_block_bytes(sources, (1 + unready) * step_bytes)
+        most = min(memory_bytes // _READY_SHARE // step_bytes, beside_blocks // step_bytes - unready)
         ready = max(1, min(self.prefetch.ready_batches, most))
         loader = BlockLoader(
             sources,
             labels=self.labels,
             threads=self.prefetch.threads or min(8, max(2, 2 * self.cores)),
             cores=self.cores,
-            budget_bytes=memory_bytes - (ready + 1) * step_bytes,
+            budget_bytes=memory_bytes - (ready + unready) * step_bytes,
             cancelled=self.cancelled,
             clock=self.clock,
         )
@@ -99,9 +102,11 @@ class Reading:
 
     @property
     def _row_bytes(self) -> int:
-        """A row's mean size with its labels, of the source whose rows are largest."""
-        means = (int(s.index.raw_sizes.sum()) // max(1, s.index.num_samples) for s in self.sources)
-        return max(1, *means) + self.labels.batch_row_bytes
+        """A row's mean size in a batch, with its labels. Fixed-size fields take their room also where they are absent,
+        and may be stored in less; of ragged ones, the source counts that has most of them."""
+        means = [(s, int(s.index.raw_sizes.sum()) // max(1, s.index.num_samples)) for s in self.sources]
+        ragged = (mean - fixed_row_bytes(source.schema) for source, mean in means)
+        return max(1, fixed_row_bytes(self.schema) + max(0, *ragged)) + self.labels.batch_row_bytes
 
     def _least_block_bytes(self, sources: Sequence[Source], least_ready_bytes: int) -> int:
         """Return the bytes of one block of each lane that this reader interleaves.
@@ -110,6 +115,11 @@ class Reading:
             OptionInvalid: They do not fit beside *least_ready_bytes*.
         """
         memory_bytes = int(self.prefetch.memory_bytes)
+        if least_ready_bytes > memory_bytes:  # before so many positions are planned
+            raise OptionInvalid(
+                f"{self.url}: the batches that are held at once need {least_ready_bytes / MiB:,.0f} MiB; "
+                f"PrefetchOptions.memory_bytes is {memory_bytes / MiB:,.0f} MiB. Use a smaller batch_size, or set more"
+            )
         tracks = tracks_read(self.order, self.assignment, period=self.period)
         block_bytes = 0
         for track, number in tracks:

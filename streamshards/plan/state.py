@@ -12,6 +12,8 @@ from streamshards.plan.assignment import Assignment
 from streamshards.plan.order import OrderSettings
 
 STATE_VERSION: Final = 1
+MAX_EPOCH: Final = 1 << 40
+"""So that positions counted over all epochs stay far inside 64 bits."""
 
 _MAX_INTEGER: Final = 2**63 - 1
 _INTEGERS: Final = ("version", "epoch", "position", "num_samples", "seed", "lanes", "chunk", "shuffle_block")
@@ -80,6 +82,8 @@ class State:
         for name, value in numbers.items():
             if not isinstance(value, int) or isinstance(value, bool) or not 0 <= value <= _MAX_INTEGER:
                 raise ResumeMismatch(f"the state's {name} is {value!r}, not a whole number from 0 to {_MAX_INTEGER:,}")
+        if numbers["epoch"] > MAX_EPOCH:
+            raise ResumeMismatch(f"the state's epoch is {numbers['epoch']:,}; the last one is {MAX_EPOCH:,}")
         for name, kind in (("fingerprint", str), ("shuffle", bool)):
             if not isinstance(state[name], kind):
                 raise ResumeMismatch(f"the state's {name} is {state[name]!r}, not a {kind.__name__}")
@@ -189,7 +193,7 @@ def _differences(
         if isinstance(here, Mapping) and isinstance(there, Mapping):
             yield from _differences(here, there, f"{prefix}{name}.")
         elif here != there:
-            yield prefix + name, (here, there)
+            yield f"{prefix}{name}", (here, there)
 
 
 def mismatch(url: str, differences: Mapping[str, tuple[Any, Any]], advice: str) -> ResumeMismatch:

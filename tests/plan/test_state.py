@@ -226,7 +226,9 @@ def test_differences_are_found_in_depth() -> None:
     theirs = replace(ours, identity={"fingerprint": "x", "sources": {"web": {"n": 3}}, "kind": "mixture"})
     found = theirs.differences(ours)
     assert found == {"sources.web.n": (1, 3), "sources.code": ({"n": 2}, None), "kind": (None, "mixture")}
-    assert "kind is missing here and 'mixture' in the state" in str(mismatch("u", found, ""))
+    assert "the state is of a mixture, this is a dataset" in str(mismatch("u", found, ""))
+    del found["kind"]
+    assert "sources.code is {'n': 2} here and missing in the state" in str(mismatch("u", found, ""))
 
 
 @given(states())
@@ -288,3 +290,13 @@ def test_one_workers_state_needs_as_many_workers() -> None:
             one.require_workers(other, 4)
         with pytest.raises(ResumeMismatch, match=f"steps of 4 samples over all ranks, there are {other} here"):
             one.require_workers(3, other)
+
+
+def test_what_is_no_state_is_told_apart() -> None:
+    """A whole checkpoint names the part to pass; torchdata's own state is called by its name."""
+    with pytest.raises(ResumeMismatch, match="there is one under 'loader': pass that part"):
+        State.from_dict({"model": {}, "step": 3, "loader": STATE.to_dict()})
+    with pytest.raises(ResumeMismatch, match="torchdata's StatefulDataLoader"):
+        State.from_dict({"_snapshot": {}, "_steps_since_snapshot": 0, "_iterator_finished": False})
+    with pytest.raises(ResumeMismatch, match="lacks seed; pass what state_dict\\(\\) returned, unchanged"):
+        State.from_dict({name: value for name, value in STATE.to_dict().items() if name != "seed"})
