@@ -63,8 +63,9 @@ class Mixture(EpochDataset):
             other weights for what lies behind; those ahead may change, if ``stop`` is a number.
         stop: When a pass ends: before the first sample that a source repeats (``"first_exhausted"``), once every
             sample of every source has come (``"all_exhausted"``), or after a number of samples. The first two
-            depend a little on lanes and chunk, so the length is known exactly once those are: to the loader, or with
-            ``OrderOptions(lanes=…)``.
+            depend on lanes and chunk: the first lane to be through a source ends the pass, so the longer the lanes, the
+            less is missing of what could have come. By default there are so few that it is a few percent at most; the
+            length is known exactly to the loader, or with ``OrderOptions(lanes=…)``.
         batch_size: Samples in a batch of one rank. By default what all sources say.
         seed: Of which place of the 1,000 is whose; the same on all ranks.
         transform: Applied to each sample, as in StreamingDataset.
