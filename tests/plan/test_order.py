@@ -430,7 +430,7 @@ share = Assignment(num_samples=90, start=0, batch_size=6, topology=Topology(), t
 list(schedule(order, share))
 tracks_read(order, share, period=8)
 subset = Subset(rows, [Split(fraction=Fraction(1, 2), seed=1, side=0, by="sample")])
-subset.real_rows(subset.shards[:1], np.zeros(1, dtype=np.int64))
+subset.rows_of(0), subset.num_samples
 sources, phases = [SourceRows("a", rows, True, 1, 20)], parse_weights({"a": 1}, "a")
 settings = MixtureSettings(seed=1, lanes=2, chunk=1)
 mixture = MixtureOrder(sources, phases, settings, epoch=0, num_samples=90)
