@@ -210,7 +210,7 @@ def test_the_dataset_does_not_guess_the_place_of_a_loader(url: str) -> None:
     loader = StreamingDataLoader(dataset)
     iterator = iter(loader)
     next(iterator)
-    with pytest.raises(StreamShardsError, match=r"ask loader.state_dict\(\)"):
+    with pytest.raises(StreamShardsError, match=r"use loader.state_dict\(\)"):
         dataset.state_dict()
     loader.set_epoch(3)
     assert dataset.state_dict()["epoch"] == 3

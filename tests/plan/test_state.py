@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from streamshards.errors import ResumeMismatch
 from streamshards.plan.assignment import Assignment
 from streamshards.plan.order import OrderSettings
-from streamshards.plan.state import STATE_VERSION, State, mismatch
+from streamshards.plan.state import MAX_EPOCH, STATE_VERSION, State, mismatch
 from streamshards.plan.topology import Topology
 
 LARGEST = 2**63 - 1
@@ -30,7 +30,7 @@ positive = st.integers(1, LARGEST)
 def states(draw: st.DrawFn) -> State:
     num_samples = draw(numbers)
     return State(
-        epoch=draw(numbers),
+        epoch=draw(st.integers(0, MAX_EPOCH)),
         position=draw(st.integers(0, num_samples)),
         num_samples=num_samples,
         identity={"fingerprint": draw(st.text("0123456789abcdef", min_size=32, max_size=32))},
