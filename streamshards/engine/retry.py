@@ -16,6 +16,7 @@ from streamshards.clock import Clock
 from streamshards.errors import StoreUnavailable, StreamShardsError
 from streamshards.events import FetchRetried
 from streamshards.options import RetryOptions
+from streamshards.storage.store import Patience
 
 T = TypeVar("T")
 
@@ -37,7 +38,8 @@ def with_retries(
     """Return what *action* returns, trying again as long as its errors are transient.
 
     Args:
-        action: One attempt; called with the seconds it may take: ``attempt_timeout_s``, or what is left if less.
+        action: One attempt; called with the seconds it may take: ``attempt_timeout_s``, or what is left if less,
+            as a ``Patience`` that has ``stall_s`` and ``min_bytes_per_s``, too.
         what: Url and key, for messages and events.
         options: The waits: drawn from ``[0, base_s · 2ⁿ)``, capped at ``max_wait_s``.
         deadline_s: Seconds from now. No attempt begins later; when the next wait would end later, we give up.
@@ -55,7 +57,8 @@ def with_retries(
     def attempt() -> T:
         if cancelled.is_set():
             raise Cancelled(what)
-        return action(min(options.attempt_timeout_s, started + deadline_s - clock.now()))
+        left_s = min(options.attempt_timeout_s, started + deadline_s - clock.now())
+        return action(Patience(left_s, stall_s=options.stall_s, min_bytes_per_s=options.min_bytes_per_s))
 
     def wait(state: RetryCallState) -> float:
         return clock.jitter(backoff_limit_s(state.attempt_number, options))

@@ -21,7 +21,7 @@ import fsspec.core
 from streamshards.errors import ObjectExists, ObjectTooLarge, OptionInvalid, StoreUnavailable, StreamShardsError
 from streamshards.storage.location import parse_url
 from streamshards.storage.s3 import get_object, put_object, s3_options
-from streamshards.storage.store import check_key
+from streamshards.storage.store import Blob, Patience, check_key
 from streamshards.storage.translate import translated
 
 T = TypeVar("T")
@@ -74,12 +74,13 @@ class FsspecStore:
     def __getstate__(self) -> dict[str, Any]:
         return self.__dict__ | {"_opened": None}
 
-    def get(self, key: str, *, timeout_s: float, max_bytes: int) -> bytes:
+    def get(self, key: str, *, timeout_s: float, max_bytes: int) -> Blob:
         check_key(key)
         with self._translating(key, "get"):
             fs, path = self._resolve(key)
             if self._location.is_s3:
-                return self._run(fs, get_object, fs, path, max_bytes=max_bytes, timeout_s=timeout_s)
+                patience = Patience.of(timeout_s)
+                return self._run(fs, get_object, fs, path, max_bytes=max_bytes, patience=patience, timeout_s=timeout_s)
             return self._get_generic(fs, path, key, timeout_s=timeout_s, max_bytes=max_bytes)
 
     def put(self, key: str, data: bytes | memoryview, *, timeout_s: float, if_absent: bool = False) -> None:
