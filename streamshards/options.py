@@ -116,7 +116,7 @@ class RetryOptions:
     replaced by a new one. Several threads share your network: stay far below its speed divided by them."""
     base_s: float = 0.1
     """The first wait is drawn from ``[0, base_s]``, each next one from twice that range (full jitter)."""
-    max_wait_s: float = 20.0
+    max_wait_s: float = 10.0
     """No wait between two attempts is longer than this."""
     corrupt_attempts: int = 3
     """How often a shard whose bytes are wrong is fetched in all before it counts as corrupt."""

@@ -166,6 +166,8 @@ class FaultProxy:
         self._real = server
         self._lock = threading.Lock()
         self._counts: Counter[tuple[str, str]] = Counter()
+        self._objects: dict[str, bytes] = {}
+        self._objects_lock = threading.Lock()
         self._closing = threading.Event()
         self._listener: _Listener | None = _Listener(self, 0)
         self.port: int = self._listener.server_address[1]
@@ -237,11 +239,13 @@ class FaultProxy:
         return fault
 
     def _object(self, name: str) -> bytes:
-        """Return the object ``bucket/key`` of the real server."""
-        bucket, _, key = name.partition("/")
-        with client_of(self._real) as client:
-            data: bytes = client.get_object(Bucket=bucket, Key=key)["Body"].read()
-        return data
+        """Return the object ``bucket/key`` of the real server, as it was when first asked for."""
+        with self._objects_lock:
+            if name not in self._objects:
+                bucket, _, key = name.partition("/")
+                with client_of(self._real) as client:
+                    self._objects[name] = client.get_object(Bucket=bucket, Key=key)["Body"].read()
+            return self._objects[name]
 
 
 class _Listener(ThreadingHTTPServer):
@@ -293,6 +297,7 @@ class _Handler(BaseHTTPRequestHandler):
     """One connection from a client."""
 
     protocol_version = "HTTP/1.1"
+    disable_nagle_algorithm = True  # head and body are two writes; else each answer waits 40 ms for an ACK
     server: _Listener
 
     def do_GET(self) -> None:
