@@ -125,8 +125,14 @@ async def _finished(task: asyncio.Task[T], path: str, patience: Patience, arrivi
                 )
             seen += came
     finally:
-        if not task.done():
-            task.cancel()
+        task.cancel()
+        task.add_done_callback(_look_at)
+
+
+def _look_at(task: asyncio.Task[Any]) -> None:
+    """Take note of how an abandoned task ended; asyncio logs an error that nobody looked at."""
+    if not task.cancelled():
+        task.exception()
 
 
 async def put_object(fs: Any, path: str, data: bytes, *, if_absent: bool) -> None:
