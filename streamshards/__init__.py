@@ -14,6 +14,7 @@ if TYPE_CHECKING:
     from streamshards.dataset import StreamingDataset as StreamingDataset
     from streamshards.dataset import open_shard as open_shard
     from streamshards.errors import AccessDenied as AccessDenied
+    from streamshards.errors import DatasetReplaced as DatasetReplaced
     from streamshards.errors import IndexInvalid as IndexInvalid
     from streamshards.errors import ObjectExists as ObjectExists
     from streamshards.errors import OptionInvalid as OptionInvalid
@@ -38,9 +39,9 @@ if TYPE_CHECKING:
 _HOMES: Final = {
     "streamshards.dataset": ("StreamingDataset", "open_shard"),
     "streamshards.errors": (
-        "AccessDenied", "IndexInvalid", "ObjectExists", "OptionInvalid", "ResumeMismatch", "SampleInvalid",
-        "ShardCorrupt", "ShardMissing", "StoreError", "StoreUnavailable", "StreamShardsError", "TooManyCorrupt",
-        "UnsafePickle",
+        "AccessDenied", "DatasetReplaced", "IndexInvalid", "ObjectExists", "OptionInvalid", "ResumeMismatch",
+        "SampleInvalid", "ShardCorrupt", "ShardMissing", "StoreError", "StoreUnavailable", "StreamShardsError",
+        "TooManyCorrupt", "UnsafePickle",
     ),
     "streamshards.loader": ("StreamingDataLoader",),
     "streamshards.mixture": ("Mixture",),

@@ -7,6 +7,7 @@ Branches are cut by what the caller can do about it::
     ├── SampleInvalid        change the sample handed to the writer (also a ValueError)
     ├── IndexInvalid         point at a dataset, or rebuild its index
     ├── ResumeMismatch       resume with the settings the checkpoint was made with
+    ├── DatasetReplaced      begin anew with the dataset that is there now
     ├── TooManyCorrupt       repair the dataset, or raise ``max_corrupt``
     ├── UnsafePickle         trust a foreign file's code, or convert the file
     ├── ShardCorrupt         repair that shard (``streamshards verify`` lists all of them)
@@ -50,6 +51,10 @@ class ResumeMismatch(StreamShardsError):
     """A checkpoint belongs to another dataset or to other order settings."""
 
 
+class DatasetReplaced(StreamShardsError):
+    """The index in the store is another one than was opened, and a shard of the opened one is gone or changed."""
+
+
 class TooManyCorrupt(StreamShardsError):
     """More of the epoch's rows were lost to bad shards than ``max_corrupt`` allows."""
 
@@ -90,3 +95,5 @@ class StoreUnavailable(StoreError):
     """The store did not answer, or answered that it cannot right now."""
 
     transient: ClassVar[bool] = True
+    retry_after_s: float = 0.0
+    """How long the store itself asks us to wait (``Retry-After``)."""

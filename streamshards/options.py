@@ -16,6 +16,8 @@ GiB: Final = 1024 * MiB
 
 _NO_MAXIMUM: Final = 2**63 - 1
 """What an int64 holds."""
+_MAX_STALL_S: Final = 60.0
+"""After this long without a byte the S3 client itself gives up."""
 _UNITS: Final = {
     "": 1, "B": 1,
     "KB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12,
@@ -107,16 +109,26 @@ class RetryOptions:
     """The deadline for opening the dataset: a wrong endpoint should be known at once, not in ten minutes."""
     attempt_timeout_s: float = 120.0
     """Abandon a single request after this long."""
+    stall_s: float = 15.0
+    """Abandon a single request when no byte has come for this long (S3); up to 60 s."""
+    min_bytes_per_s: float = 32 * KiB
+    """Abandon a single request when less than this comes, on average over ``stall_s`` (S3): a connection that drips is
+    replaced by a new one. Several threads share your network: stay far below its speed divided by them."""
     base_s: float = 0.1
     """The first wait is drawn from ``[0, base_s]``, each next one from twice that range (full jitter)."""
-    max_wait_s: float = 20.0
+    max_wait_s: float = 10.0
     """No wait between two attempts is longer than this."""
     corrupt_attempts: int = 3
     """How often a shard whose bytes are wrong is fetched in all before it counts as corrupt."""
 
     def __post_init__(self) -> None:
-        for name in ("deadline_s", "first_contact_s", "attempt_timeout_s", "base_s", "max_wait_s"):
+        for name in ("deadline_s", "first_contact_s", "attempt_timeout_s", "stall_s", "base_s", "max_wait_s"):
             _require_positive_s(getattr(self, name), name=f"RetryOptions.{name}")
+        if self.stall_s > _MAX_STALL_S:
+            raise OptionInvalid(f"RetryOptions.stall_s={self.stall_s!r} must be at most {_MAX_STALL_S:g} s")
+        rate = self.min_bytes_per_s
+        if isinstance(rate, bool) or not isinstance(rate, (int, float)) or not 0 <= rate < float("inf"):
+            raise OptionInvalid(f"RetryOptions.min_bytes_per_s={rate!r} must be a number of bytes a second, 0 or more")
         require_int(self.corrupt_attempts, name="RetryOptions.corrupt_attempts", minimum=1)
 
 
@@ -130,7 +142,7 @@ class PrefetchOptions:
     """Threads that fetch and decode shards. None: twice the cores this process may use, from 2 to 8."""
     ready_batches: int = 8
     """Batches kept ready for the training loop, at most; fewer when they are large."""
-    slow_s: float = 30.0
+    slow_s: float = 10.0
     """Emit a ``ReadSlow`` event whenever the training loop has waited this long for a batch."""
 
     def __post_init__(self) -> None:

@@ -6,7 +6,8 @@ what happened                         class        what we do
 timeout, reset, 429, 5xx, DNS         transient    the whole object again, until ``deadline_s``; never skipped
 wrong length, digest or structure     corrupt      fetched anew, ``corrupt_attempts`` times in all; then ShardCorrupt
 no such object                        missing      looked for once more after a second; then ShardMissing
-401, 403, expired token               denied       AccessDenied at once
+401, 403, expired token               denied       AccessDenied at once (expired: credentials are read anew once)
+bad, and no longer in the index       replaced     DatasetReplaced at once; never skipped
 ====================================  ===========  ==================================================================
 """
 
@@ -17,8 +18,18 @@ from collections.abc import Callable
 from typing import Final
 
 from streamshards.clock import Clock
-from streamshards.engine.retry import Cancelled, with_retries
-from streamshards.errors import ObjectMissing, ObjectTooLarge, SampleInvalid, ShardCorrupt, ShardMissing
+from streamshards.engine.catalog import Catalog
+from streamshards.engine.retry import Cancelled, Circuit, with_retries
+from streamshards.errors import (
+    DatasetReplaced,
+    IndexInvalid,
+    ObjectMissing,
+    ObjectTooLarge,
+    SampleInvalid,
+    ShardCorrupt,
+    ShardMissing,
+    StoreError,
+)
 from streamshards.events import Counters, Event, FetchRetried
 from streamshards.options import RetryOptions
 from streamshards.plan.index import Index
@@ -69,6 +80,7 @@ class Fetcher:
         self._counters = counters
         self._emit = emit
         self._trust_pickle = trust_pickle
+        self._circuit = Circuit(clock)
         # Not the errors themselves: their tracebacks would keep the shards' bytes.
         self._bad: dict[int, tuple[type[ShardCorrupt | ShardMissing], str]] = {}
 
@@ -84,6 +96,7 @@ class Fetcher:
             ShardMissing: The store does not have it.
             StoreUnavailable: The store failed for ``deadline_s``.
             AccessDenied: The store refused us.
+            DatasetReplaced: It is corrupt or missing because another dataset has taken the place of this one.
             Cancelled: The owner gave up.
         """
         known = self._bad.get(shard)
@@ -93,8 +106,41 @@ class Fetcher:
         try:
             return self._fetch(shard)
         except (ShardCorrupt, ShardMissing) as error:
-            self._bad[shard] = (type(error), str(error))
-            raise
+            lost = error
+        # After the handler: an error inside it would have this one, and so the shard's bytes, as its context.
+        try:
+            replacement = self._replacement(shard)
+            if replacement is not None:
+                raise DatasetReplaced(f"{replacement} ({lost})") from lost
+            self._bad[shard] = (type(lost), str(lost))
+            raise lost
+        finally:
+            del lost
+
+    def _replacement(self, shard: int) -> str | None:
+        """Return what to say if the index in the store no longer has this shard; then others are gone, too.
+
+        Looks at the first loss and each time their number has doubled: a large index is not read for each of many.
+        """
+        losses = len(self._bad) + 1
+        if losses & (losses - 1):
+            return None
+        options = self._retry
+        catalog = Catalog(self._store, options, options.first_contact_s, self._clock, self._cancelled, self._emit)
+        try:
+            found = catalog.find()
+        except (IndexInvalid, StoreError):
+            return None  # then nothing is known but that the shard is bad
+        if found is None or found.index.fingerprint == self._index.fingerprint:
+            return None
+        name, now = self._index.names[shard], found.index
+        if name in now.names and now.digests[now.names.index(name)] == self._index.digests[shard]:
+            return None  # appended to
+        return (
+            f"{self.url_of(shard)}: the dataset was replaced while it was read: opened with fingerprint "
+            f"{self._index.fingerprint}, now {now.fingerprint} with {now.num_samples:,} samples; open it anew, at the "
+            "beginning of an epoch"
+        )
 
     def _fetch(self, shard: int) -> ShardReader:
         attempt = 1
@@ -147,6 +193,7 @@ class Fetcher:
                 clock=self._clock,
                 cancelled=self._cancelled,
                 on_retry=self._emit,
+                circuit=self._circuit,
             )
         except ObjectTooLarge as error:
             raise ShardCorrupt(f"{self.url_of(shard)}: {promised:,} bytes promised by the index; {error}") from error

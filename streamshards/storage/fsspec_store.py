@@ -19,16 +19,19 @@ import fsspec.asyn
 import fsspec.core
 
 from streamshards.errors import ObjectExists, ObjectTooLarge, OptionInvalid, StoreUnavailable, StreamShardsError
+from streamshards.events import logger
 from streamshards.storage.location import parse_url
 from streamshards.storage.s3 import get_object, put_object, s3_options
-from streamshards.storage.store import check_key
-from streamshards.storage.translate import translated
+from streamshards.storage.store import Blob, Patience, check_key
+from streamshards.storage.translate import is_expired, translated
 
 T = TypeVar("T")
 
 _SECRET_OPTIONS: Final = ("secret", "token", "password", "passwd", "key", "access", "credential", "sas", "private")
 """An option with one of these in its name is not shown."""
 
+_OWN_CREDENTIALS: Final = frozenset({"key", "secret", "token"})
+"""Options that hold the credentials themselves: reading them anew would give the same."""
 _EXTRAS: Final = {"s3": "s3"}
 """Protocols for which we have an extra to install."""
 
@@ -56,8 +59,10 @@ class FsspecStore:
             ``profile``, ``anon``, ``endpoint_url``, ``client_kwargs``, ``config_kwargs``. What is not given comes
             from the environment (``AWS_*``) and AWS's config files.
 
-    On S3, a get and a put are one request each. On other filesystems a put is as atomic as their ``pipe_file``:
-    on object stores and in memory it is; for SFTP and the like readers may see a part of a file being written.
+    On S3, a get and a put are one request each - two if the server says that the credentials have expired, and they
+    come from the environment, a profile, a file or a process: those are then read anew, once. On other filesystems a
+    put is as atomic as their ``pipe_file``: on object stores and in memory it is; for SFTP and the like readers may see
+    a part of a file being written.
     """
 
     def __init__(self, url: str | os.PathLike[str], storage_options: Mapping[str, Any] | None = None) -> None:
@@ -74,12 +79,13 @@ class FsspecStore:
     def __getstate__(self) -> dict[str, Any]:
         return self.__dict__ | {"_opened": None}
 
-    def get(self, key: str, *, timeout_s: float, max_bytes: int) -> bytes:
+    def get(self, key: str, *, timeout_s: float, max_bytes: int) -> Blob:
         check_key(key)
         with self._translating(key, "get"):
             fs, path = self._resolve(key)
             if self._location.is_s3:
-                return self._run(fs, get_object, fs, path, max_bytes=max_bytes, timeout_s=timeout_s)
+                patience = Patience.of(timeout_s)
+                return self._ask_s3(key, get_object, max_bytes=max_bytes, patience=patience, timeout_s=timeout_s)
             return self._get_generic(fs, path, key, timeout_s=timeout_s, max_bytes=max_bytes)
 
     def put(self, key: str, data: bytes | memoryview, *, timeout_s: float, if_absent: bool = False) -> None:
@@ -88,7 +94,7 @@ class FsspecStore:
         with self._translating(key, "put"):
             fs, path = self._resolve(key)
             if self._location.is_s3:
-                self._run(fs, put_object, fs, path, whole, if_absent=if_absent, timeout_s=timeout_s)
+                self._ask_s3(key, put_object, whole, if_absent=if_absent, timeout_s=timeout_s)
             elif not if_absent:
                 self._call(fs, "pipe_file", path, whole, timeout_s=timeout_s)
             elif self._call(fs, "exists", path, timeout_s=timeout_s):
@@ -139,6 +145,25 @@ class FsspecStore:
         """Run a coroutine on the filesystem's loop and return its result, or raise ``FSTimeoutError``."""
         result: T = fsspec.asyn.sync(fs.loop, action, *args, timeout=timeout_s, **kwargs)
         return result
+
+    def _ask_s3(self, key: str, action: Callable[..., Awaitable[T]], *args: Any, timeout_s: float, **kwargs: Any) -> T:
+        """Make one request; once more, with credentials read anew, if the server says that they have expired."""
+        fs, path = self._resolve(key)
+        try:
+            return self._run(fs, action, fs, path, *args, timeout_s=timeout_s, **kwargs)
+        except Exception as error:
+            if not is_expired(error) or self._options.keys() & _OWN_CREDENTIALS:
+                raise
+            logger.warning("%s/%s: the credentials have expired; they are read anew", self.url, key)
+        self._drop(fs)
+        fs, path = self._resolve(key)
+        return self._run(fs, action, fs, path, *args, timeout_s=timeout_s, **kwargs)
+
+    def _drop(self, fs: Any) -> None:
+        """Have the next request open a new filesystem, unless another thread has seen to it; *fs* is no longer ours."""
+        with _opening:
+            if self._opened is not None and self._opened[1] is fs:
+                self._opened = None
 
     def _resolve(self, key: str) -> tuple[Any, str]:
         fs, root = self._filesystem()

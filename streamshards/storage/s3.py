@@ -6,17 +6,25 @@ retries (25 GETs for one answer of "slow down") and follow a redirect to any hos
 
 from __future__ import annotations
 
+import asyncio
 import inspect
 from collections.abc import Mapping
-from typing import Any, Final
+from typing import Any, Final, TypeVar
 from urllib.parse import urlsplit
 
 from streamshards.errors import ObjectExists, ObjectTooLarge, StoreUnavailable
+from streamshards.memory import LARGE_BYTES, map_memory
+from streamshards.options import MiB
+from streamshards.storage.store import Blob, Patience
 from streamshards.storage.translate import RedirectRefused
 
+T = TypeVar("T")
+
 _CONNECT_TIMEOUT_S: Final = 5
-_SILENCE_TIMEOUT_S: Final = 15
-"""Seconds without a single byte after which a connection is given up."""
+_SILENCE_TIMEOUT_S: Final = 60
+"""Seconds without a single byte after which the client gives up a connection; no ``Patience.stall_s`` is longer. A get
+gives up earlier, after that."""
+_READ_BYTES: Final = 1 * MiB
 _MAX_CONNECTIONS: Final = 64
 """More than we ever have in flight per process; botocore's default is 10."""
 _AWS_DOMAINS: Final = (".amazonaws.com", ".amazonaws.com.cn")
@@ -46,14 +54,31 @@ def _config_defaults() -> dict[str, Any]:
     return config
 
 
-async def get_object(fs: Any, path: str, *, max_bytes: int) -> bytes:
+async def get_object(fs: Any, path: str, *, max_bytes: int, patience: Patience) -> Blob:
     """Return a whole object with one GET; its length is checked before its bytes are taken.
 
     Args:
         fs: The ``s3fs.S3FileSystem``, on whose loop this runs.
         path: ``bucket/key``.
         max_bytes: More is ``ObjectTooLarge``.
+        patience: No byte for ``stall_s``, or fewer than ``min_bytes_per_s`` over as long, is ``StoreUnavailable``.
     """
+    request = asyncio.ensure_future(_request(fs, path, max_bytes=max_bytes))
+    body, memory = await _finished(request, path, patience)
+    arriving = _Arriving(body, memory)
+    try:
+        await _finished(asyncio.ensure_future(arriving.fill()), path, patience, arriving)
+    finally:
+        body.close()
+    if arriving.num_bytes != len(memory):
+        raise StoreUnavailable(
+            f"s3://{path}: get failed: {arriving.num_bytes:,} of {len(memory):,} bytes came; try again"
+        )
+    return memory if len(memory) >= LARGE_BYTES else bytes(memory)
+
+
+async def _request(fs: Any, path: str, *, max_bytes: int) -> tuple[Any, memoryview]:
+    """Return the body of an answer, and memory of its length."""
     bucket, _, key = path.partition("/")
     answer = await fs._call_s3("get_object", Bucket=bucket, Key=key)
     body = answer["Body"]
@@ -63,12 +88,51 @@ async def get_object(fs: Any, path: str, *, max_bytes: int) -> bytes:
             raise StoreUnavailable(f"s3://{path}: get failed: an answer without Content-Length; check for a proxy")
         if length > max_bytes:
             raise ObjectTooLarge(f"s3://{path}: get refused: {length:,} bytes, at most {max_bytes:,} were expected")
-        data: bytes = await body.read()
-    finally:
+        return body, map_memory(length) if length >= LARGE_BYTES else memoryview(bytearray(length))
+    except BaseException:
         body.close()
-    if len(data) != length:
-        raise StoreUnavailable(f"s3://{path}: get failed: {len(data):,} of {length:,} bytes came; try again")
-    return data
+        raise
+
+
+class _Arriving:
+    """A body on its way into memory."""
+
+    def __init__(self, body: Any, memory: memoryview) -> None:
+        self.num_bytes = 0
+        self._body = body
+        self._memory = memory
+
+    async def fill(self) -> None:
+        """Take what comes until the end of the body; more than was promised cannot come."""
+        while chunk := await self._body.read(_READ_BYTES):
+            self._memory[self.num_bytes : self.num_bytes + len(chunk)] = chunk
+            self.num_bytes += len(chunk)
+
+
+async def _finished(task: asyncio.Task[T], path: str, patience: Patience, arriving: _Arriving | None = None) -> T:
+    """Return what *task* returns; look once every ``stall_s`` whether enough has come, and abandon it if not."""
+    seen = 0
+    try:
+        while True:
+            done, _ = await asyncio.wait({task}, timeout=patience.stall_s)
+            if done:
+                return task.result()
+            came = 0 if arriving is None else arriving.num_bytes - seen
+            if came <= patience.min_bytes_per_s * patience.stall_s:
+                raise StoreUnavailable(
+                    f"s3://{path}: get failed: {came:,} bytes in {patience.stall_s:g} s, abandoned as stalled "
+                    f"(RetryOptions.stall_s, min_bytes_per_s={patience.min_bytes_per_s:g}); try again"
+                )
+            seen += came
+    finally:
+        task.cancel()
+        task.add_done_callback(_look_at)
+
+
+def _look_at(task: asyncio.Task[Any]) -> None:
+    """Take note of how an abandoned task ended; asyncio logs an error that nobody looked at."""
+    if not task.cancelled():
+        task.exception()
 
 
 async def put_object(fs: Any, path: str, data: bytes, *, if_absent: bool) -> None:

@@ -2,12 +2,48 @@
 
 from __future__ import annotations
 
-from typing import Protocol, TypeAlias
+from typing import Final, Protocol, TypeAlias
 
 from streamshards.errors import OptionInvalid
+from streamshards.options import KiB
 
 Blob: TypeAlias = bytes | memoryview
 """The bytes of one object; large ones may come in memory of their own kind."""
+
+
+_STALL_S: Final = 15.0
+_MIN_BYTES_PER_S: Final = 32.0 * KiB
+
+
+class Patience(float):
+    """The seconds that one request may take, and with them how slow it may be meanwhile.
+
+    A float, so that every store takes it as its ``timeout_s``; stores that cannot watch bytes come need not know more.
+
+    Attributes:
+        stall_s: Abandon the request when no byte has come for this long.
+        min_bytes_per_s: Abandon it when less than this comes, on average over ``stall_s``.
+    """
+
+    stall_s: float
+    min_bytes_per_s: float
+
+    def __new__(
+        cls, timeout_s: float, *, stall_s: float = _STALL_S, min_bytes_per_s: float = _MIN_BYTES_PER_S
+    ) -> Patience:
+        """Return *timeout_s* with the rest."""
+        patience = super().__new__(cls, timeout_s)
+        patience.stall_s = stall_s
+        patience.min_bytes_per_s = min_bytes_per_s
+        return patience
+
+    @classmethod
+    def of(cls, timeout_s: float) -> Patience:
+        """Return *timeout_s* itself, or with the defaults if it is a plain number."""
+        return timeout_s if isinstance(timeout_s, Patience) else cls(timeout_s)
+
+    def __repr__(self) -> str:
+        return f"Patience({float(self)!r}, stall_s={self.stall_s!r}, min_bytes_per_s={self.min_bytes_per_s!r})"
 
 
 class Store(Protocol):
@@ -32,7 +68,8 @@ class Store(Protocol):
 
         Args:
             key: As in :func:`check_key`.
-            timeout_s: Abandon the request after this long. A local disk cannot be abandoned.
+            timeout_s: Abandon the request after this long. A local disk cannot be abandoned. A :class:`Patience` also
+                says when a connection is too slow, which S3 can tell.
             max_bytes: An object longer than this is ``ObjectTooLarge``, raised before its bytes are taken into memory.
         """
 

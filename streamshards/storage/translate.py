@@ -7,6 +7,7 @@ Nothing of theirs is imported: an error is known by its HTTP status, its S3 code
 from __future__ import annotations
 
 import errno
+import re
 from collections.abc import Collection, Iterator
 from typing import Final
 
@@ -29,6 +30,9 @@ _DENIED_CODES: Final = frozenset(
         "TokenRefreshRequired",
     }
 )  # fmt: skip
+_EXPIRED_CODES: Final = frozenset(
+    {"ExpiredToken", "ExpiredTokenException", "InvalidAccessKeyId", "InvalidToken", "TokenRefreshRequired"}
+)
 _TRANSIENT_CODES: Final = frozenset(
     {
         "BadDigest", "ConditionalRequestConflict", "IncompleteBody", "InternalError", "OperationAborted",
@@ -71,6 +75,7 @@ _MEND_CREDENTIALS: Final = (
     "check the key, the token's age and the bucket policy, then set AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY, "
     'a profile, or storage_options={"key": …, "secret": …}'
 )
+_SET_CLOCK: Final = "this machine's clock is off: set it (timedatectl, chrony)"
 _FIND_CREDENTIALS: Final = (
     "set AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY, name a profile with AWS_PROFILE or "
     'storage_options={"profile": …}, or read a public bucket with storage_options={"anon": True}'
@@ -96,7 +101,15 @@ def translated(
     """
     chain = list(_chain(error))
     kind, advice = _from_answer(chain) or _from_names(chain, is_local=is_local) or _from_errno(chain, is_local=is_local)
-    return kind(f"{what} failed: {_cause(chain, secrets)}; {advice}")
+    ours = kind(f"{what} failed: {_cause(chain, secrets)}; {advice}")
+    if isinstance(ours, StoreUnavailable):
+        ours.retry_after_s = _retry_after_s(chain)
+    return ours
+
+
+def is_expired(error: Exception) -> bool:
+    """Return whether the server says that the credentials were good once: newer ones may help."""
+    return _code(list(_chain(error))) in _EXPIRED_CODES
 
 
 _Verdict = tuple[type[StreamShardsError], str]
@@ -109,6 +122,8 @@ def _from_answer(chain: list[BaseException]) -> _Verdict | None:
         return StoreUnavailable, _TRY_LATER
     if code in _MISSING_CODES or status == 404:
         return ObjectMissing, ("check the bucket's name" if code == "NoSuchBucket" else _CHECK_URL)
+    if code == "RequestTimeTooSkewed":
+        return AccessDenied, _SET_CLOCK
     if code in _DENIED_CODES or status in (401, 403):
         return AccessDenied, _MEND_CREDENTIALS
     if code == "PreconditionFailed" or status == 412:
@@ -184,6 +199,13 @@ def _response(chain: list[BaseException]) -> dict[str, dict[str, object]]:
 
 def _code(chain: list[BaseException]) -> str:
     return str(_response(chain).get("Error", {}).get("Code", ""))
+
+
+def _retry_after_s(chain: list[BaseException]) -> float:
+    """Return the seconds in the answer's ``Retry-After``, or 0; a date in it is left alone."""
+    headers = _response(chain).get("ResponseMetadata", {}).get("HTTPHeaders")
+    value = headers.get("retry-after", "") if isinstance(headers, dict) else ""
+    return float(value) if re.fullmatch(r"\d{1,6}", value) else 0.0
 
 
 def _status(chain: list[BaseException]) -> int:

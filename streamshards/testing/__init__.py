@@ -1,4 +1,5 @@
-"""Fakes for your own tests: stores that fail on a script, time that you move, and real S3 servers on loopback.
+"""Fakes for your own tests: stores that fail on a script, time that you move, real S3 servers on loopback, and a proxy
+that makes those fail on a script.
 
 ::
 
@@ -9,9 +10,30 @@
     with seaweedfs(folder) as server:
         server.create_bucket("train")
         StreamingDataset("s3://train", storage_options=server.storage_options)
+        with FaultProxy(server, by_key("*.pt.zst", [SLOW_DOWN, Reset(100)])) as proxy:
+            StreamingDataset("s3://train", storage_options=proxy.server.storage_options)
 """
 
 from streamshards.testing.clock import FakeClock
+from streamshards.testing.proxy import (
+    ACCESS_DENIED,
+    BAD_GATEWAY,
+    EXPIRED_TOKEN,
+    INTERNAL_ERROR,
+    NO_SUCH_KEY,
+    SLOW_DOWN,
+    TIME_SKEWED,
+    TOO_MANY_REQUESTS,
+    Answer,
+    Cut,
+    Drip,
+    FaultProxy,
+    Request,
+    Reset,
+    Stall,
+    at_random,
+    by_key,
+)
 from streamshards.testing.stores import (
     DENIED,
     MISSING,
@@ -28,17 +50,34 @@ from streamshards.testing.stores import (
 )
 
 __all__ = [
+    "ACCESS_DENIED",
+    "BAD_GATEWAY",
     "DENIED",
+    "EXPIRED_TOKEN",
+    "INTERNAL_ERROR",
     "MISSING",
+    "NO_SUCH_KEY",
+    "SLOW_DOWN",
+    "TIME_SKEWED",
+    "TOO_MANY_REQUESTS",
     "UNAVAILABLE",
+    "Answer",
     "Block",
+    "Cut",
+    "Drip",
     "Fail",
     "FakeClock",
     "Fault",
+    "FaultProxy",
     "FaultyStore",
     "FlipBit",
     "MemoryStore",
+    "Request",
+    "Reset",
     "Script",
+    "Stall",
     "Swap",
     "Truncate",
+    "at_random",
+    "by_key",
 ]

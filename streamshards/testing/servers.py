@@ -77,7 +77,7 @@ class S3Server:
 
     def create_bucket(self, name: str) -> None:
         """Create a bucket."""
-        with _client(self) as client:
+        with client_of(self) as client:
             client.create_bucket(Bucket=name)
 
 
@@ -222,7 +222,7 @@ def _wait_until_ready(server: S3Server, process: subprocess.Popen[bytes], died: 
     """Return None when *server* has taken a whole round trip, or why it did not within the deadline."""
     deadline = time.monotonic() + _READY_DEADLINE_S
     failure = "no request was answered"
-    with _client(server) as client:
+    with client_of(server) as client:
         while time.monotonic() < deadline:
             try:
                 _round_trip(client)
@@ -247,7 +247,7 @@ def _round_trip(client: Any) -> None:
 
 
 @contextlib.contextmanager
-def _client(server: S3Server) -> Iterator[Any]:
+def client_of(server: S3Server) -> Iterator[Any]:
     """Yield a botocore client that tries once, and close its connections afterwards."""
     import botocore.config
     import botocore.session

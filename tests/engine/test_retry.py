@@ -11,7 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from streamshards.clock import SystemClock
-from streamshards.engine.retry import Cancelled, backoff_limit_s, with_retries
+from streamshards.engine.retry import Cancelled, Circuit, backoff_limit_s, with_retries
 from streamshards.errors import AccessDenied, ObjectMissing, ShardCorrupt, StoreUnavailable
 from streamshards.events import FetchRetried
 from streamshards.options import RetryOptions
@@ -176,3 +176,93 @@ def test_with_a_faulty_store() -> None:
         with pytest.raises(kind):
             _retry(fetch, clock)
     assert len(store.gets) == 5
+
+
+# -- together ----------------------------------------------------------------------------------------------------------
+
+
+def test_a_circuit_opens_after_16_failures_in_a_row() -> None:
+    """Until then everyone may ask; then one at a time, once the last wait is over; any answer lets all ask again."""
+    clock = FakeClock()
+    circuit = Circuit(clock)
+    for _ in range(15):
+        assert circuit.claim(8) == 0
+        circuit.failed(3)
+    assert [circuit.claim(8), circuit.claim(8)] == [0, 0]
+    circuit.failed(3)
+    assert circuit.claim(8) == 3
+    clock.advance(3)
+    assert [circuit.claim(8), circuit.claim(8)] == [0, 8], "one probes, the other waits"
+    circuit.failed(5)
+    assert circuit.claim(8) == 5
+    clock.advance(5)
+    assert circuit.claim(8) == 0
+    circuit.left()
+    assert circuit.claim(8) == 0, "who left without an answer holds nobody up"
+    circuit.answered()
+    assert [circuit.claim(8), circuit.claim(8)] == [0, 0]
+
+
+def test_an_answer_between_failures_keeps_a_circuit_closed() -> None:
+    """Only failures in a row count: a store that answers half of the requests is asked by all."""
+    circuit = Circuit(FakeClock())
+    for _ in range(100):
+        circuit.failed(1)
+        circuit.failed(1)
+        circuit.answered()
+    assert circuit.claim(8) == 0
+
+
+def test_who_never_gets_a_turn_gives_up_at_the_deadline() -> None:
+    """Behind an open circuit the deadline holds, the store is not asked, and the error says why."""
+    clock = FakeClock()
+    circuit = Circuit(clock)
+    for _ in range(16):
+        circuit.failed(0)
+    assert circuit.claim(8) == 0, "another thread asks, and never comes back"
+    action = Attempts(clock, 0)
+    with pytest.raises(StoreUnavailable, match=r"s3://b/a: gave up .*does not answer other requests either"):
+        _retry(action, clock, circuit=circuit)
+    assert action.timeouts == []
+    assert clock.now() == OPTIONS.deadline_s
+
+
+def test_cancelling_ends_the_wait_for_a_turn() -> None:
+    """Behind an open circuit, too, no request follows."""
+    cancelled = threading.Event()
+    clock = FakeClock(on_wait=lambda _: cancelled.set())
+    circuit = Circuit(clock)
+    for _ in range(16):
+        circuit.failed(50)
+    action = Attempts(clock, 0)
+    with pytest.raises(Cancelled):
+        _retry(action, clock, circuit=circuit, cancelled=cancelled)
+    assert action.timeouts == []
+
+
+def test_retry_after_is_kept_up_to_the_longest_wait() -> None:
+    """The store's own word is the least that is waited, but never more than ``max_wait_s``."""
+
+    def busy(asked_s: float) -> Callable[[float], str]:
+        def action(_: float) -> str:
+            if clock.waits:
+                return "done"
+            error = StoreUnavailable("busy")
+            error.retry_after_s = asked_s
+            raise error
+
+        return action
+
+    for asked_s, waited_s in ((0, 1), (3, 3), (1e9, 8)):
+        clock = FakeClock()
+        assert _retry(busy(asked_s), clock)[0] == "done"
+        assert clock.waits == [waited_s]
+
+
+def test_an_attempt_knows_how_patient_to_be() -> None:
+    """``stall_s`` and ``min_bytes_per_s`` travel with the timeout, to whatever store is asked."""
+    clock = FakeClock()
+    action = Attempts(clock, 0)
+    _retry(action, clock)
+    (patience,) = action.timeouts
+    assert (patience.stall_s, patience.min_bytes_per_s) == (OPTIONS.stall_s, OPTIONS.min_bytes_per_s)  # type: ignore[attr-defined]
