@@ -13,16 +13,16 @@ Theory:
 - *Reading needs no lock.* An entry appears by rename and goes by unlink; whoever has it open goes on reading it.
 - *A kill at any instant* leaves whole entries, and at most a file in ``new``, which the next eviction removes. Nothing
   is synced to the disk: after a power cut an entry may be damaged, and its first reader notices.
-- *The budget.* A writer makes its file, then appends a byte to the meter for each unit that the file will take, then
-  looks at the meter's length; appends are atomic. Only while that is within the budget does it go on. So all writers
-  together stay within it, if the meter is right. It is not trusted: each process scans once before it first writes;
-  whoever finds it over the budget scans, evicts and sets it anew. Files in ``new`` count with the size in their name.
-- *The lock* is a POSIX record lock: the kernel gives it back at death, and a fork does not inherit it. Nobody waits
-  for it: who does not get it does not store what it has. Two threads of one process may both get it: then two evict,
-  and each finds gone what the other removed.
-
-Not elegant yet: between an evictor's last look at the meter and its setting it, an append of another process is lost.
-The low-water mark leaves room for that.
+- *The budget.* A writer makes its file, then appends a byte to the meter for each unit that the file will take. Appends
+  are atomic, and where its own ended tells the writer how much all have claimed. Only if that is within the budget does
+  it go on. So all writers together stay within it, if the meter is right. It is not trusted: each process scans once
+  before it first writes, and whoever finds it over the budget scans, evicts and sets it anew.
+- *Setting the meter.* Who evicts first makes it so long that no writer goes on. Claims from before have their file in
+  ``new``, which is scanned after, and counts with the size in its name; claims from then on fail, and may be lost. If
+  the evictor is killed, the next writer finds the meter too long, and evicts.
+- *The lock* is a POSIX record lock: the kernel gives it back at death, and a fork does not inherit it. Nobody waits for
+  another process: who does not get the lock does not store what it has. The lock does not tell threads apart; within a
+  process they take turns.
 """
 
 from __future__ import annotations
@@ -32,6 +32,7 @@ import os
 import shutil
 import stat
 import sys
+import threading
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -54,6 +55,23 @@ _OPEN_FLAGS: Final = (
     os.O_RDONLY | getattr(os, "O_CLOEXEC", 0) | getattr(os, "O_NOFOLLOW", 0) | getattr(os, "O_NONBLOCK", 0)
 )
 _NEW: Final = "new"
+_CLOSED_BYTES: Final = 1 << 48
+"""What the meter says while it is set: more than any budget."""
+
+_TURN_S: Final = 5.0
+"""An eviction takes milliseconds, or what it takes to unlink a sixteenth of the cache."""
+
+_evicting = threading.Lock()
+
+
+def _forget_parent() -> None:
+    """A thread of the parent may have held it when we were forked."""
+    global _evicting
+    _evicting = threading.Lock()
+
+
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=_forget_parent)
 
 
 class Refused(Exception):
@@ -257,14 +275,16 @@ class CacheFolder:
 
     def _make_room(self, nbytes: int) -> int:
         """Return how many entries had to go so that a file of *nbytes*, already in ``new``, may grow to its size."""
-        metered = self._meter(disk_bytes(nbytes))
-        is_roomy = metered <= self._budget_bytes and self._free_bytes() - nbytes >= self._keep_free_bytes
+        claimed = self._claim(disk_bytes(nbytes))
+        is_roomy = claimed <= self._budget_bytes and self._free_bytes() - nbytes >= self._keep_free_bytes
         if self._is_scanned and is_roomy:
             return 0
         done = self.evict()
         if done is None:
             raise Busy
         self._is_scanned = True
+        if done.cached_bytes > done.allowed_bytes == self._budget_bytes:
+            raise Busy  # with what others are writing
         if done.cached_bytes > done.allowed_bytes:
             raise Refused(
                 f"{self._free_bytes():,} bytes are free on the disk, keep_free_bytes is {self._keep_free_bytes:,}"
@@ -282,7 +302,7 @@ class CacheFolder:
         with self._lock() as is_ours:
             if not is_ours:
                 return None
-            metered = self._meter(0)
+            self._set_meter(_CLOSED_BYTES)
             pending, unwritten = self._pending()  # first: what becomes an entry meanwhile counts twice, not never
             entries = self.entries()
             cached = sum(entry.nbytes for entry in entries) + pending
@@ -298,7 +318,7 @@ class CacheFolder:
             for entry in gone:
                 entry.path.unlink(missing_ok=True)
             left = cached - sum(entry.nbytes for entry in gone)
-            self._set_meter(left + self._meter(0) - metered)
+            self._set_meter(left)
             return Eviction(len(gone), left, allowed)
 
     def entries(self) -> list[Entry]:
@@ -347,25 +367,33 @@ class CacheFolder:
 
     @contextlib.contextmanager
     def _lock(self) -> Iterator[bool]:
-        descriptor = self._open_own("lock", os.O_RDWR)
+        ours = _evicting
+        if not ours.acquire(timeout=_TURN_S):
+            yield False
+            return
         try:
-            yield _try_lock(descriptor)
+            descriptor = self._open_own("lock", os.O_RDWR)
+            try:
+                yield _try_lock(descriptor)
+            finally:
+                os.close(descriptor)
         finally:
-            os.close(descriptor)
+            ours.release()
 
-    def _meter(self, nbytes: int) -> int:
-        """Add *nbytes* to the meter; return what it says then."""
+    def _claim(self, nbytes: int) -> int:
+        """Add *nbytes* to the meter; return what it said just after."""
         descriptor = self._open_own("meter", os.O_WRONLY | os.O_APPEND)
         try:
             write_all(descriptor, bytes(nbytes // _UNIT_BYTES))
-            return os.fstat(descriptor).st_size * _UNIT_BYTES
+            # Not the file's size: it may have been set meanwhile, and what we added be lost.
+            return os.lseek(descriptor, 0, os.SEEK_CUR) * _UNIT_BYTES
         finally:
             os.close(descriptor)
 
     def _set_meter(self, nbytes: int) -> None:
         descriptor = self._open_own("meter", os.O_WRONLY)
         try:
-            os.ftruncate(descriptor, max(0, nbytes // _UNIT_BYTES))
+            os.ftruncate(descriptor, nbytes // _UNIT_BYTES)
         finally:
             os.close(descriptor)
 
