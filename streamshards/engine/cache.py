@@ -9,7 +9,9 @@ from __future__ import annotations
 import os
 import threading
 import weakref
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
 from typing import Final, TypeVar
 
 from streamshards.clock import Clock
@@ -29,6 +31,8 @@ PAUSE_S: Final = 600.0
 """After the disk was full, nothing is stored for so long: others may make room."""
 _MAX_OPEN: Final = 256
 """Entries held open by one process at once, a quarter of the usual limit; further ones are read into memory."""
+
+_NO_LIMIT: Final = 1 << 62
 
 
 class NodeCache:
@@ -223,3 +227,53 @@ class NodeCache:
             is_new, self._has_told = not self._has_told, True
         if is_new:
             emit(CacheOff(self._folder.directory, cause))
+
+
+@dataclass(frozen=True, slots=True)
+class EntryCheck:
+    """What came out for one entry."""
+
+    path: Path
+    nbytes: int
+    error: str | None
+    """What is wrong with it; None if nothing is."""
+
+
+def check_entries(folder: CacheFolder) -> Iterator[EntryCheck]:
+    """Yield one check for each entry, every byte of it read; what is damaged is removed.
+
+    Raises:
+        Refused: The folder is not safe.
+        OSError: It cannot be read.
+    """
+    if not folder.require_safe():
+        return
+    for entry in sorted(folder.entries()):
+        name = entry.path.name
+        try:
+            descriptor = folder.open(name)
+        except OSError as error:
+            folder.discard(name, None)
+            yield EntryCheck(entry.path, entry.nbytes, str(error))
+            continue
+        if descriptor is None:  # evicted meanwhile, or not ours
+            continue
+        identity = identity_of(os.fstat(descriptor))
+        try:
+            _check_entry(descriptor, name)
+        except ShardCorrupt as error:
+            folder.discard(name, identity)
+            yield EntryCheck(entry.path, entry.nbytes, str(error))
+        else:
+            yield EntryCheck(entry.path, entry.nbytes, None)
+
+
+def _check_entry(descriptor: int, name: str) -> None:
+    digest, _, kind = name.partition(".")
+    if kind == "raw":
+        RawFile(descriptor, name=name, digest=digest, max_raw_bytes=_NO_LIMIT).verify()
+        return
+    with open(descriptor, "rb") as file:
+        found = digest_of(file.read())
+    if found != digest:
+        raise ShardCorrupt(f"{name}: digest {found}")

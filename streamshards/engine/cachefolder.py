@@ -334,6 +334,11 @@ class CacheFolder:
                         found.append(Entry(Path(file.path), disk_bytes(status.st_size), status.st_atime_ns))
         return found
 
+    @property
+    def home(self) -> Path:
+        """The user's folder."""
+        return self._home
+
     def clear(self) -> Eviction:
         """Remove all entries, and what writers left behind.
 
