@@ -137,8 +137,7 @@ class NodeCache:
         try:
             return self._folder.open(name)
         except OSError as error:
-            path = self._folder.path(name)
-            if path.is_symlink() or path.is_dir() or (path.exists() and not path.is_file()):
+            if self._folder.is_no_file(name):
                 self._drop(name, None, url=url, cause=error, emit=emit)
             else:
                 self._tell(str(error), emit)
@@ -146,11 +145,12 @@ class NodeCache:
 
     def _raw_file(self, descriptor: int, name: str, digest: str, max_raw_bytes: int) -> RawFile:
         with self._lock:
-            keep_open = sum(file.is_open for file in self._open) < _MAX_OPEN
+            keep_open = len(self._open) < _MAX_OPEN
         path = str(self._folder.path(name))
         file = RawFile(descriptor, name=path, digest=digest, max_raw_bytes=max_raw_bytes, keep_open=keep_open)
-        with self._lock:
-            self._open.add(file)
+        if file.is_open:
+            with self._lock:
+                self._open.add(file)
         return file
 
     # -- writing ---------------------------------------------------------------------------------------------------

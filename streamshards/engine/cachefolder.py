@@ -227,6 +227,13 @@ class CacheFolder:
             raise
         return descriptor
 
+    def is_no_file(self, name: str) -> bool:
+        """Return whether something else than a file lies under the name of an entry."""
+        try:
+            return not stat.S_ISREG(os.lstat(self.path(name)).st_mode)
+        except OSError:
+            return False
+
     def discard(self, name: str, bad: Identity | None) -> None:
         """Remove entry *name* if it still is the *bad* file, or no file at all. Raises nothing."""
         path = self.path(name)

@@ -720,6 +720,19 @@ def test_a_folder_that_cannot_be_used_is_told_once(
     assert cached.gets == 2 * NUM_SHARDS
 
 
+def test_a_folder_of_entries_that_is_none_is_told_once(cached: Cached) -> None:
+    """A file where the folder of some entries should be: they come from the store, and others from the cache."""
+    assert cached.is_right(0)
+    cached.entry(1).parent.write_bytes(b"")
+    assert cached.is_right(1)
+    assert cached.is_right(1)
+    assert cached.is_right(0)
+    (event,) = cached.rig.events
+    assert isinstance(event, CacheOff)
+    assert "Not a directory" in event.cause
+    assert cached.counts == (1, 3, 0, 0)
+
+
 def test_storing_is_tried_again_after_a_pause(tmp_path: Path, good: tuple[MemoryStore, Index]) -> None:
     """A disk that was full may have room later; until then nothing is tried."""
     folder = folder_of(tmp_path, keep_free_bytes=2 * shutil.disk_usage(tmp_path).free)
