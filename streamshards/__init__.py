@@ -29,6 +29,7 @@ if TYPE_CHECKING:
     from streamshards.errors import UnsafePickle as UnsafePickle
     from streamshards.loader import StreamingDataLoader as StreamingDataLoader
     from streamshards.mixture import Mixture as Mixture
+    from streamshards.options import CacheOptions as CacheOptions
     from streamshards.options import OrderOptions as OrderOptions
     from streamshards.options import PrefetchOptions as PrefetchOptions
     from streamshards.options import RetryOptions as RetryOptions
@@ -45,7 +46,7 @@ _HOMES: Final = {
     ),
     "streamshards.loader": ("StreamingDataLoader",),
     "streamshards.mixture": ("Mixture",),
-    "streamshards.options": ("OrderOptions", "PrefetchOptions", "RetryOptions"),
+    "streamshards.options": ("CacheOptions", "OrderOptions", "PrefetchOptions", "RetryOptions"),
     "streamshards.plan.index": ("Index",),
     "streamshards.plan.topology": ("Topology",),
     "streamshards.writer": ("ShardWriter",),

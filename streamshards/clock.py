@@ -35,6 +35,11 @@ class SystemClock:
         return random.uniform(0.0, limit_s)
 
 
+def unix_ns() -> int:
+    """Return the nanoseconds since 1970, as file systems count them."""
+    return time.time_ns()
+
+
 def utc_timestamp() -> str:
     """Return the current time as ISO 8601, UTC, whole seconds: ``2026-01-31T12:00:00Z``."""
     return datetime.now(timezone.utc).strftime("%Y-%m-%dT%H:%M:%SZ")

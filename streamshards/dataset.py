@@ -11,6 +11,8 @@ from typing import Any, Final, Literal, TypeVar
 
 from streamshards.engine.access import RandomAccess
 from streamshards.engine.blocks import loaded_sizes
+from streamshards.engine.cache import NodeCache
+from streamshards.engine.cachefolder import CacheFolder
 from streamshards.engine.catalog import load_index
 from streamshards.engine.fetch import Fetcher
 from streamshards.engine.labels import Labels
@@ -20,14 +22,22 @@ from streamshards.engine.source import LossPolicy, Source
 from streamshards.epochs import EpochDataset, Sample
 from streamshards.errors import OptionInvalid
 from streamshards.events import Counters, Event, Observer
-from streamshards.options import GiB, OrderOptions, PrefetchOptions, RetryOptions, require_int, require_options
+from streamshards.options import (
+    CacheOptions,
+    GiB,
+    OrderOptions,
+    PrefetchOptions,
+    RetryOptions,
+    require_int,
+    require_options,
+)
 from streamshards.plan.assignment import Assignment
 from streamshards.plan.index import Index
 from streamshards.plan.order import EpochOrder, OrderSettings, resolve_order
 from streamshards.plan.state import State
 from streamshards.plan.subset import Cut, Skip, Subset, Take, require_split
 from streamshards.plan.topology import Topology
-from streamshards.runtime import RankSource, current_slot, usable_cores
+from streamshards.runtime import RankSource, cache_directory, current_slot, usable_cores
 from streamshards.shard.columns import Columns, to_samples
 from streamshards.shard.payload import FramedShard
 from streamshards.shard.reader import ShardReader
@@ -75,6 +85,7 @@ class StreamingDataset(EpochDataset):
             one-dimensional ``DeviceMesh``, ``mesh["dp"]``, or a function that returns a Topology, asked when needed.
         retry: How long a store may fail.
         prefetch: Memory and threads.
+        cache: Keep shards on this machine's disk; shared by all ranks, workers and jobs. None: no cache.
         storage_options: For fsspec: ``{"endpoint_url": …, "key": …, "secret": …}``, ``{"anon": True}``.
         observer: Receives each :mod:`streamshards.events` value, on the thread where it happened.
         trust_pickle: Let foreign ``.pt`` files run code when they are loaded. Shards of our own never do.
@@ -110,6 +121,7 @@ class StreamingDataset(EpochDataset):
         topology: RankSource = None,
         retry: RetryOptions | None = None,
         prefetch: PrefetchOptions | None = None,
+        cache: CacheOptions | None = None,
         storage_options: Mapping[str, Any] | None = None,
         observer: Observer | None = None,
         trust_pickle: bool = False,
@@ -136,6 +148,7 @@ class StreamingDataset(EpochDataset):
         self._max_corrupt = max_corrupt
         self._order = require_options(order, OrderOptions, name="order")
         self._retry = require_options(retry, RetryOptions, name="retry")
+        self._cache_options = None if cache is None else require_options(cache, CacheOptions, name="cache")
         self._trust_pickle = trust_pickle
         if isinstance(url, (list, tuple, Mapping)):
             raise OptionInvalid(f"url={url!r} must be one url; to read several datasets together, use Mixture")
@@ -167,9 +180,10 @@ class StreamingDataset(EpochDataset):
     def _forget_process(self) -> None:
         super()._forget_process()
         self._access: RandomAccess | None = None
+        self._cache: NodeCache | None = None
 
     def __getstate__(self) -> dict[str, Any]:
-        return {**super().__getstate__(), "_access": None}
+        return {**super().__getstate__(), "_access": None, "_cache": None}
 
     # -- what there is ---------------------------------------------------------------------------------------------
 
@@ -372,7 +386,21 @@ class StreamingDataset(EpochDataset):
             counters=Counters(self._counts[slot]),
             emit=emit,
             trust_pickle=self._trust_pickle,
+            cache=self._node_cache(),
         )
+
+    def _node_cache(self) -> NodeCache | None:
+        """Return this process's view of the node cache; None if there is to be none."""
+        options = self._cache_options
+        if options is None or (self._cache is not None and self._cache.is_ours):
+            return self._cache
+        folder = CacheFolder(
+            cache_directory(None if options.directory is None else str(options.directory)),
+            budget_bytes=int(options.budget_bytes),
+            keep_free_bytes=int(options.keep_free_bytes),
+        )
+        self._cache = NodeCache(folder, mode=options.mode, clock=self._clock)
+        return self._cache
 
     def _max_lost_rows(self, view: _View) -> int:
         """Return the rows a reader may lose in one epoch: its part, or one shard where that part is less than one."""

@@ -58,18 +58,43 @@ class ReadSlow:
         return f"{self.url}: waited {self.waited_s:.0f} s for {self.waiting_for}"
 
 
+@dataclass(frozen=True, slots=True)
+class CacheOff:
+    """The node cache cannot be used, or cannot take more; streaming goes on without it."""
+
+    directory: str
+    cause: str
+
+    def __str__(self) -> str:
+        return f"{self.directory}: the node cache is off: {self.cause}; streaming goes on without it"
+
+
+@dataclass(frozen=True, slots=True)
+class CacheDamaged:
+    """An entry of the node cache was not what it should be; it is removed, and the shard fetched from the store."""
+
+    path: str
+    url: str
+    cause: str
+
+    def __str__(self) -> str:
+        cause = _beside(self.path, self.cause)
+        return f"{self.path}: this cache entry is damaged, and {self.url} is fetched anew: {cause}"
+
+
 def _beside(url: str, cause: str) -> str:
     """Return *cause* without the url that the line begins with anyway."""
     return cause.removeprefix(f"{url}: ")
 
 
-Event = FetchRetried | ShardSkipped | ReadSlow
+Event = FetchRetried | ShardSkipped | ReadSlow | CacheOff | CacheDamaged
 Observer = Callable[[Event], None]
 """Receives each event, on the thread where it happened; must be quick and must not raise."""
 
 COUNTERS: Final = (
     "samples", "batches", "shards_read", "bytes_read", "bytes_decoded",
     "retries", "shards_skipped", "rows_skipped", "slow_reads",
+    "cache_hits", "cache_misses", "cache_evicted", "cache_damaged", "bytes_cached",
     "wait_ns", "fetch_ns", "decode_ns", "gather_ns",
 )  # fmt: skip
 """What is counted, in the order of a ``Counters`` row. Names ending in ``_ns`` are nanoseconds, summed over threads."""
@@ -114,5 +139,10 @@ def emit(event: Event, *, observer: Observer | None, counters: Counters) -> None
         case ReadSlow():
             logger.warning("%s", event)
             counters.add(slow_reads=1)
+        case CacheOff():
+            logger.warning("%s", event)
+        case CacheDamaged():
+            logger.warning("%s", event)
+            counters.add(cache_damaged=1)
     if observer is not None:
         observer(event)

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import os
 import re
 from dataclasses import dataclass
-from typing import Final, TypeVar
+from typing import Final, Literal, TypeVar, get_args
 
 from streamshards.errors import OptionInvalid
 
+CacheMode = Literal["raw", "compressed"]
 OptionsT = TypeVar("OptionsT")
 
 KiB: Final = 1024
@@ -152,3 +154,36 @@ class PrefetchOptions:
             require_int(self.threads, name="PrefetchOptions.threads", minimum=1, maximum=256)
         require_int(self.ready_batches, name="PrefetchOptions.ready_batches", minimum=1)
         _require_positive_s(self.slow_s, name="PrefetchOptions.slow_s")
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class CacheOptions:
+    """A cache of shards on this machine's disk, shared by all ranks, workers and jobs of one user."""
+
+    directory: str | os.PathLike[str] | None = None
+    """Where it lies. None: ``$XDG_CACHE_HOME/streamshards``, or ``~/.cache/streamshards``."""
+    budget_bytes: int | str = 64 * GiB
+    """Disk that the cache may use, all processes together; what was not used for longest goes first."""
+    keep_free_bytes: int | str = 10 * GiB
+    """Disk to leave free for others: the cache shrinks, and stores nothing more, rather than take it."""
+    mode: CacheMode = "raw"
+    """``"raw"`` keeps shards decoded: several times the disk, no decoding after the first epoch. ``"compressed"`` keeps
+    them as they came. Foreign ``.pt`` files are always kept as they came."""
+
+    def __post_init__(self) -> None:
+        for name in ("budget_bytes", "keep_free_bytes"):
+            value = getattr(self, name)
+            if value != 0 or name == "budget_bytes" or isinstance(value, bool):
+                object.__setattr__(self, name, parse_bytes(value, name=f"CacheOptions.{name}"))
+        if self.mode not in get_args(CacheMode):
+            raise OptionInvalid(f'CacheOptions.mode={self.mode!r} must be "raw" or "compressed"')
+        if self.directory is not None:
+            object.__setattr__(self, "directory", _local_path(self.directory, name="CacheOptions.directory"))
+
+
+def _local_path(path: object, *, name: str) -> str:
+    """Return *path*, absolute: a worker process may have another working directory."""
+    text = os.fspath(path) if isinstance(path, (str, os.PathLike)) else None
+    if not isinstance(text, str) or not text or "\0" in text or "://" in text:
+        raise OptionInvalid(f"{name}={path!r} must be a folder of this machine")
+    return os.path.abspath(os.path.expanduser(text))

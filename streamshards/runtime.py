@@ -165,6 +165,16 @@ def usable_cores(num_workers: int) -> int:
     return max(1, cores // num_workers)
 
 
+def cache_directory(chosen: str | None = None) -> str:
+    """Return where the node cache lies: *chosen*, or a folder in ``$XDG_CACHE_HOME``, by default ``~/.cache``."""
+    if chosen is not None:
+        return chosen
+    home = os.environ.get("XDG_CACHE_HOME", "")
+    # The XDG specification: a relative path is to be ignored.
+    base = home if os.path.isabs(home) else os.path.join(os.path.expanduser("~"), ".cache")
+    return os.path.join(base, "streamshards")
+
+
 def shared_counters() -> torch.Tensor:
     """Return zeroed counters for every slot, int64 ``(1 + MAX_WORKERS, len(COUNTERS))``, in shared memory."""
     return shared_zeros(1 + MAX_WORKERS, len(COUNTERS))

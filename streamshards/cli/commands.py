@@ -58,6 +58,14 @@ state_app = typer.Typer(
 )
 app.add_typer(state_app, name="state")
 
+cache_app = typer.Typer(
+    help="Look after the node cache.",
+    rich_markup_mode=None,
+    pretty_exceptions_enable=False,
+    context_settings={"help_option_names": ["-h", "--help"]},
+)
+app.add_typer(cache_app, name="cache")
+
 _RETRY: Final = RetryOptions(first_contact_s=20.0)
 """A person who mistyped an endpoint should know within 30 s, importing torch on a busy machine included."""
 
@@ -108,6 +116,10 @@ StateFile = Annotated[
 StatePath = Annotated[
     str | None,
     typer.Option(metavar="KEYS", help='Which state in it, if there are several: "loaders.train". See "state show".'),
+]
+CacheDirectory = Annotated[
+    str | None,
+    typer.Option(metavar="FOLDER", help="Where the cache lies; by default where CacheOptions() has it."),
 ]
 Json = Annotated[bool, typer.Option("--json", help="Print JSON.")]
 
@@ -381,6 +393,52 @@ def verify(
     else:
         typer.echo("\n".join(verified_lines(found)))
     if found.bad:
+        raise typer.Exit(ExitCode.BAD_SHARDS)
+
+
+@cache_app.command("info")
+def show_cache(directory: CacheDirectory = None, as_json: Json = False) -> None:
+    """Show where the cache of this user lies, and what is in it."""
+    from streamshards.cli.show import cache_json, cache_lines
+    from streamshards.convert.caching import look
+
+    info = look(directory)
+    if as_json:
+        _print_json(cache_json(info))
+    else:
+        typer.echo("\n".join(cache_lines(info)))
+
+
+@cache_app.command("clear")
+def clear_cache(directory: CacheDirectory = None, as_json: Json = False) -> None:
+    """Remove every entry of this user. Safe while training runs: it reads on, and fetches what it needs again."""
+    from streamshards.cli.show import counted, human_bytes
+    from streamshards.convert.caching import clear
+
+    removed = clear(directory)
+    if as_json:
+        _print_json({"directory": removed.home, "entries": removed.num_entries, "bytes": removed.nbytes})
+    else:
+        typer.echo(f"removed {counted(removed.num_entries, 'shard')}, {human_bytes(removed.nbytes)}")
+
+
+@cache_app.command("verify")
+def verify_cache(directory: CacheDirectory = None, as_json: Json = False) -> None:
+    """Read every entry; remove the damaged ones, list them, and exit with 1 if there were any."""
+    from streamshards.cli.show import counted
+    from streamshards.convert.caching import check
+
+    checks = check(directory)
+    bad = [each for each in checks if each.error is not None]
+    if as_json:
+        found = [{"path": str(each.path), "error": each.error} for each in bad]
+        _print_json({"entries": len(checks), "bad": found})
+    else:
+        for each in bad:
+            typer.echo(f"bad  {each.path}: {each.error}")
+        ending = f"{len(bad):,} bad, removed" if bad else "all good"
+        typer.echo(f"{counted(len(checks), 'shard')}, {ending}")
+    if bad:
         raise typer.Exit(ExitCode.BAD_SHARDS)
 
 

@@ -9,6 +9,7 @@ from typing import Any, Final
 
 import torch
 
+from streamshards.convert.caching import CacheInfo
 from streamshards.convert.checking import Verified
 from streamshards.convert.packing import Packed
 from streamshards.convert.replay import Fit, Seen
@@ -278,3 +279,18 @@ def state_json(found: FoundState, fit: Fit | None) -> dict[str, Any]:
         "fits": None if fit is None else fit.fits,
         "told": None if fit is None else fit.told,
     }
+
+
+# -- the node cache ----------------------------------------------------------------------------------------------------
+
+
+def cache_lines(info: CacheInfo) -> Iterator[str]:
+    """Yield what is in a node cache, for people."""
+    yield info.home
+    yield f"  shards  {info.num_entries:,}, {info.num_raw:,} of them decoded"
+    yield f"  disk    {human_bytes(info.nbytes)}"
+
+
+def cache_json(info: CacheInfo) -> dict[str, Any]:
+    """Return the same for machines."""
+    return {"directory": info.home, "entries": info.num_entries, "raw": info.num_raw, "bytes": info.nbytes}

@@ -9,6 +9,8 @@ no such object                        missing      looked for once more after a 
 401, 403, expired token               denied       AccessDenied at once (expired: credentials are read anew once)
 bad, and no longer in the index       replaced     DatasetReplaced at once; never skipped
 ====================================  ===========  ==================================================================
+
+With a node cache: a shard that is there, and is right, is not fetched; one that is fetched is put there.
 """
 
 from __future__ import annotations
@@ -18,6 +20,8 @@ from collections.abc import Callable
 from typing import Final
 
 from streamshards.clock import Clock
+from streamshards.engine.cache import NodeCache
+from streamshards.engine.cachefolder import Identity
 from streamshards.engine.catalog import Catalog
 from streamshards.engine.retry import Cancelled, Circuit, with_retries
 from streamshards.errors import (
@@ -33,8 +37,10 @@ from streamshards.errors import (
 from streamshards.events import Counters, Event, FetchRetried
 from streamshards.options import RetryOptions
 from streamshards.plan.index import Index
+from streamshards.shard.frames import FrameReader
 from streamshards.shard.layouts import columns_of, load_foreign
-from streamshards.shard.payload import FramedShard, digest_of
+from streamshards.shard.payload import FramedShard, PayloadShard, digest_of
+from streamshards.shard.raw import BackedPayload, RawFile
 from streamshards.shard.reader import LoadedShard, ShardReader
 from streamshards.shard.schema import Schema
 from streamshards.storage.store import Blob, Store
@@ -56,6 +62,7 @@ class Fetcher:
         counters: Where bytes and times are counted.
         emit: Receives each event.
         trust_pickle: Allow foreign ``.pt`` files to run code.
+        cache: Shards on this machine's disk.
     """
 
     def __init__(
@@ -70,6 +77,7 @@ class Fetcher:
         counters: Counters,
         emit: Callable[[Event], None],
         trust_pickle: bool = False,
+        cache: NodeCache | None = None,
     ) -> None:
         self._store = store
         self._index = index
@@ -81,6 +89,7 @@ class Fetcher:
         self._emit = emit
         self._trust_pickle = trust_pickle
         self._circuit = Circuit(clock)
+        self._cache = cache
         # Not the errors themselves: their tracebacks would keep the shards' bytes.
         self._bad: dict[int, tuple[type[ShardCorrupt | ShardMissing], str]] = {}
 
@@ -104,7 +113,7 @@ class Fetcher:
             kind, text = known
             raise kind(text)
         try:
-            return self._fetch(shard)
+            return self._fetch(shard) if self._cache is None else self._fetch_through(self._cache, shard)
         except (ShardCorrupt, ShardMissing) as error:
             lost = error
         # After the handler: an error inside it would have this one, and so the shard's bytes, as its context.
@@ -142,11 +151,59 @@ class Fetcher:
             "beginning of an epoch"
         )
 
-    def _fetch(self, shard: int) -> ShardReader:
+    def _fetch_through(self, cache: NodeCache, shard: int) -> ShardReader:
+        found = self._find(cache, shard)
+        self._counters.add(cache_hits=int(found is not None), cache_misses=int(found is None))
+        return self._fetch(shard, cache) if found is None else found
+
+    def _find(self, cache: NodeCache, shard: int) -> ShardReader | None:
+        """Return the shard as the cache has it, verified; None if it has not, or not what the index promises."""
+        url, digest = self.url_of(shard), self._index.digests[shard]
+        try:
+            if self._is_kept_raw(cache):
+                raw_bytes = int(self._index.raw_sizes[shard])
+                raw = cache.find_raw(digest, url=url, max_raw_bytes=raw_bytes, emit=self._emit)
+                return None if raw is None else self._open_raw(cache, shard, *raw)
+            data = cache.find_object(digest, url=url, nbytes=int(self._index.sizes[shard]), emit=self._emit)
+            return None if data is None else self._read(shard, data)
+        except ShardCorrupt:  # the bytes are what the digest says: then so are the store's, and its error is the one
+            return None
+
+    def _keep(self, cache: NodeCache, shard: int, data: Blob, reader: ShardReader) -> ShardReader:
+        """Put a shard that came from the store into the cache, if that is possible; return it, open."""
+        digest = self._index.digests[shard]
+        if not self._is_kept_raw(cache):
+            cache.keep_object(digest, data, counters=self._counters, emit=self._emit)
+            return reader
+        assert isinstance(reader, FramedShard)  # for mypy: that is its layout
+        started = self._clock.now()
+        raw = cache.keep_raw(digest, reader.frames, counters=self._counters, emit=self._emit)
+        if raw is None:
+            return reader
+        self._counters.add(decode_ns=int((self._clock.now() - started) * 1e9), bytes_decoded=reader.raw_bytes)
+        return self._open_raw(cache, shard, *raw)
+
+    def _is_kept_raw(self, cache: NodeCache) -> bool:
+        return cache.mode == "raw" and self._index.layout == "shard"
+
+    def _open_raw(self, cache: NodeCache, shard: int, file: RawFile, identity: Identity) -> ShardReader:
+        url, digest = self.url_of(shard), self._index.digests[shard]
+
+        def from_store(cause: ShardCorrupt) -> FrameReader:
+            cache.drop_raw(digest, identity, url=url, cause=cause, emit=self._emit)
+            reader = self._fetch(shard)
+            assert isinstance(reader, FramedShard)  # for mypy: that is its layout
+            return reader.frames
+
+        reader = PayloadShard(BackedPayload(file, from_store), name=url, is_decoded=True)
+        self._require_rows(shard, reader)
+        return reader
+
+    def _fetch(self, shard: int, cache: NodeCache | None = None) -> ShardReader:
         attempt = 1
         while True:
             try:
-                return self._open(shard, self._get(shard))
+                return self._fetch_once(shard, cache)
             except ShardCorrupt as error:
                 if attempt >= self._retry.corrupt_attempts:
                     raise
@@ -157,6 +214,11 @@ class Fetcher:
             if self._clock.wait(self._cancelled, wait_s):
                 raise Cancelled
             attempt += 1
+
+    def _fetch_once(self, shard: int, cache: NodeCache | None) -> ShardReader:
+        data = self._get(shard)
+        reader = self._open(shard, data)
+        return reader if cache is None else self._keep(cache, shard, data, reader)
 
     def _get(self, shard: int) -> Blob:
         started = self._clock.now()
@@ -205,16 +267,24 @@ class Fetcher:
         digest = digest_of(data)
         if digest != self._index.digests[shard]:
             raise ShardCorrupt(f"{url}: digest {digest}, the index promises {self._index.digests[shard]}")
+        return self._read(shard, data)
+
+    def _read(self, shard: int, data: Blob) -> ShardReader:
+        url = self.url_of(shard)
         raw_bytes = int(self._index.raw_sizes[shard])
         reader: ShardReader
         if self._index.layout == "shard":
             reader = FramedShard(data, name=url, max_raw_bytes=raw_bytes)
         else:
             reader = self._open_foreign(url, data, raw_bytes)
+        self._require_rows(shard, reader)
+        return reader
+
+    def _require_rows(self, shard: int, reader: ShardReader) -> None:
         rows = int(self._index.rows[shard])
         if reader.num_rows != rows:
+            url = self.url_of(shard)
             raise ShardCorrupt(f"{url}: {rows:,} rows promised by the index, {reader.num_rows:,} found")
-        return reader
 
     def _open_foreign(self, url: str, data: Blob, raw_bytes: int) -> ShardReader:
         payload = load_foreign(data, name=url, max_raw_bytes=raw_bytes, trust_pickle=self._trust_pickle)

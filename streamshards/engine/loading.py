@@ -300,7 +300,7 @@ class BlockLoader:
             buffers.fill(number)
         except ShardCorrupt as error:
             self._lose(source, opened, error)
-        decoded = reader.raw_bytes * opened.span.num_rows // reader.num_rows
+        decoded = 0 if reader.is_decoded else reader.raw_bytes * opened.span.num_rows // reader.num_rows
         source.counters.add(decode_ns=int((self._clock.now() - started) * 1e9), bytes_decoded=decoded)
 
     def _lose(self, source: Source, opened: OpenPiece, error: ShardCorrupt | ShardMissing) -> OpenPiece:

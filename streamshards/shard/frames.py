@@ -14,6 +14,7 @@ Source: RFC 8878; https://github.com/facebook/zstd/blob/dev/contrib/seekable_for
 from __future__ import annotations
 
 import struct
+from collections.abc import Iterator
 from typing import Final
 
 import numpy as np
@@ -236,6 +237,27 @@ class FrameReader:
             self._decode(inner_first, inner_last, out[start - lo : end - lo])
         if inner_last < last:
             self._read_edge(inner_last, int(raw[inner_last]), hi, out, lo)
+
+    def pieces(self, nbytes: int = BLOCK_BYTES) -> Iterator[memoryview]:
+        """Yield the uncompressed file from its first byte to its last, each piece in the memory of the one before.
+
+        Args:
+            nbytes: Of a piece, about: as many whole frames as fit, and at least one.
+
+        Raises:
+            ShardCorrupt: The frames do not decode.
+        """
+        scratch = memoryview(bytearray(min(nbytes, self.raw_bytes)))
+        first, last = 0, len(self._raw_starts) - 1
+        while first < last:
+            start = int(self._raw_starts[first])
+            stop = max(first + 1, int(np.searchsorted(self._raw_starts, start + nbytes, "right")) - 1)
+            size = int(self._raw_starts[stop]) - start
+            if size > len(scratch):
+                scratch = memoryview(bytearray(size))
+            self._decode(first, stop, scratch[:size])
+            yield scratch[:size]
+            first = stop
 
     def _read_edge(self, frame: int, lo: int, hi: int, out: memoryview, origin: int) -> None:
         start = int(self._raw_starts[frame])

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any, Final
+from typing import Any, Final, Protocol
 
 import torch
 import xxhash
@@ -144,30 +144,33 @@ def _require_good_offsets(offsets: torch.Tensor, total: int, where: str) -> None
         raise ShardCorrupt(f"{where}: offsets do not rise from 0 to {total:,}")
 
 
-class FramedShard(BaseReader):
-    """A shard that streamshards wrote, decoded from its frames by the directory. Runs no code from the shard.
+class Payload(Protocol):
+    """The uncompressed ``.pt`` file of a shard, wherever its bytes are."""
+
+    raw_bytes: int
+    directory: bytes
+    """Where in it each tensor lies: JSON."""
+
+    def read_into(self, lo: int, hi: int, out: memoryview) -> None: ...
+
+
+class PayloadShard(BaseReader):
+    """A shard that streamshards wrote, read out of its payload by the directory. Runs no code from the shard.
 
     Threads may share it.
+
+    Raises:
+        ShardCorrupt: The directory and the payload do not agree.
     """
 
-    def __init__(self, data: bytes | memoryview, *, name: str, max_raw_bytes: int) -> None:
-        """Check the seek table and the directory; decode nothing yet.
-
-        Args:
-            data: The whole object; kept until the reader dies.
-            name: The shard, for messages.
-            max_raw_bytes: Refuse more uncompressed bytes than this (decompression-bomb guard).
-
-        Raises:
-            ShardCorrupt: Truncated, over *max_raw_bytes*, or anything that does not agree with the rest. Whether
-                ``num_rows`` is what the index promises is the caller's to check, before it allocates by it.
-        """
-        self._frames = FrameReader(data, name=name, max_raw_bytes=max_raw_bytes)
-        self._directory = Directory.parse(self._frames.directory, name=name, raw_bytes=self._frames.raw_bytes)
+    def __init__(self, payload: Payload, *, name: str, is_decoded: bool) -> None:
+        self._payload = payload
+        self._directory = Directory.parse(payload.directory, name=name, raw_bytes=payload.raw_bytes)
         self.name = name
-        self.raw_bytes = self._frames.raw_bytes
+        self.raw_bytes = payload.raw_bytes
         self.num_rows = self._directory.num_rows
         self.schema = self._directory.schema
+        self.is_decoded = is_decoded
         self._offsets: dict[Path, torch.Tensor] = {}
 
     def _own_offsets(self, own: Field) -> torch.Tensor:
@@ -186,7 +189,26 @@ class FramedShard(BaseReader):
         if hi > extent.shape[0] or out.numel() != end - start:
             raise ShardCorrupt(f"{self.name}: field {own.name!r}: items {lo:,} to {hi:,} of {extent.shape[0]:,} {part}")
         if end > start:
-            self._frames.read_into(start, end, out.numpy().data)
+            self._payload.read_into(start, end, out.numpy().data)
+
+
+class FramedShard(PayloadShard):
+    """A shard as it lies in a store, decoded from its frames."""
+
+    def __init__(self, data: bytes | memoryview, *, name: str, max_raw_bytes: int) -> None:
+        """Check the seek table and the directory; decode nothing yet.
+
+        Args:
+            data: The whole object; kept until the reader dies.
+            name: The shard, for messages.
+            max_raw_bytes: Refuse more uncompressed bytes than this (decompression-bomb guard).
+
+        Raises:
+            ShardCorrupt: Truncated, over *max_raw_bytes*, or anything that does not agree with the rest. Whether
+                ``num_rows`` is what the index promises is the caller's to check, before it allocates by it.
+        """
+        self.frames = FrameReader(data, name=name, max_raw_bytes=max_raw_bytes)
+        super().__init__(self.frames, name=name, is_decoded=False)
 
 
 def _with_own_storages(columns: Columns) -> Columns:

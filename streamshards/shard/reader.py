@@ -26,6 +26,7 @@ class ShardReader(Protocol):
     num_rows: int
     raw_bytes: int
     schema: Schema
+    is_decoded: bool
 
     def offsets(self, field: Field, lo: int, hi: int) -> torch.Tensor: ...
 
@@ -41,6 +42,8 @@ class BaseReader(ABC):
     num_rows: int
     raw_bytes: int
     schema: Schema
+    is_decoded: bool = False
+    """Whether reading is copying, because someone decoded it in an earlier epoch."""
 
     def __repr__(self) -> str:
         return f"<{type(self).__name__} {self.name}: {self.num_rows:,} rows, {self.raw_bytes:,} bytes raw>"
