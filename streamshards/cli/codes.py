@@ -6,6 +6,7 @@ from enum import IntEnum
 from typing import Final
 
 from streamshards.errors import (
+    DatasetReplaced,
     IndexInvalid,
     OptionInvalid,
     ResumeMismatch,
@@ -54,6 +55,7 @@ _CODES: Final[tuple[tuple[type[StreamShardsError], ExitCode], ...]] = (
     (ShardCorrupt, ExitCode.BAD_DATA),
     (ShardMissing, ExitCode.BAD_DATA),
     (TooManyCorrupt, ExitCode.BAD_DATA),
+    (DatasetReplaced, ExitCode.BAD_DATA),
     (UnsafePickle, ExitCode.BAD_DATA),
     (ResumeMismatch, ExitCode.MISMATCH),
     (StoreError, ExitCode.STORE),
