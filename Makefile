@@ -3,7 +3,8 @@
 PYTHON ?= python3
 VENV ?= .venv
 OUT ?= demo-out
-PYTEST_ARGS ?=
+# Two processes, each a file at a time: much of what the tests do is waiting for processes and servers of their own.
+PYTEST_ARGS ?= -n 2 --dist loadfile
 
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
