@@ -17,7 +17,6 @@ from streamshards.engine.catalog import load_index
 from streamshards.engine.fetch import Fetcher
 from streamshards.engine.labels import Labels
 from streamshards.engine.prefetch import BatchStream
-from streamshards.engine.reading import Reading
 from streamshards.engine.source import LossPolicy, Source
 from streamshards.epochs import EpochDataset, Sample
 from streamshards.errors import OptionInvalid
@@ -37,7 +36,7 @@ from streamshards.plan.order import EpochOrder, OrderSettings, resolve_order
 from streamshards.plan.state import State
 from streamshards.plan.subset import Cut, Skip, Subset, Take, require_split
 from streamshards.plan.topology import Topology
-from streamshards.runtime import RankSource, cache_directory, current_slot, usable_cores
+from streamshards.runtime import RankSource, cache_directory, current_slot
 from streamshards.shard.columns import Columns, to_samples
 from streamshards.shard.payload import FramedShard
 from streamshards.shard.reader import ShardReader
@@ -332,24 +331,16 @@ class StreamingDataset(EpochDataset):
         view = self._view(start)
         cancelled = threading.Event()
         emit = self._emitter(slot)
-        reading = Reading(
-            order=EpochOrder(view.subset.rows, state.order, state.epoch, shards=view.subset.shards),
-            assignment=assignment,
+        return self._reading(
+            EpochOrder(view.subset.rows, state.order, state.epoch, shards=view.subset.shards),
+            assignment,
             period=state.order.lanes * state.order.chunk,
             sources=[self._source(view, self._schema, cancelled, slot, emit)],
             schema=self._schema,
-            labels=self._labels,
             skip=state.worker_batches,
-            in_samples=self.batch_size is None,
-            prefetch=self._prefetch,
-            cores=usable_cores(assignment.topology.num_workers),
-            url=self.url,
             cancelled=cancelled,
-            clock=self._clock,
-            counters=Counters(self._counts[slot]),
-            emit=emit,
-        )
-        return reading.open(convert)
+            slot=slot,
+        ).open(convert)
 
     def _source(
         self, view: _View, schema: Schema, cancelled: threading.Event, slot: int, emit: Callable[[Event], None]

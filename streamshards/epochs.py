@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import os
+import threading
 import weakref
 from abc import abstractmethod
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from functools import partial
 from typing import Any, TypeVar
@@ -16,11 +17,14 @@ from streamshards.clock import SystemClock
 from streamshards.engine.guard import end_with_parent
 from streamshards.engine.labels import Labels
 from streamshards.engine.prefetch import BatchStream
+from streamshards.engine.reading import Reading
+from streamshards.engine.source import Source
 from streamshards.errors import OptionInvalid, ResumeMismatch, StreamShardsError
 from streamshards.events import Counters, Event, Observer, emit, logger, summarize
 from streamshards.options import PrefetchOptions, require_int, require_options
 from streamshards.plan.assignment import Assignment, require_tail
 from streamshards.plan.order import OrderSettings
+from streamshards.plan.schedule import SampleOrder
 from streamshards.plan.state import MAX_EPOCH, State, mismatch
 from streamshards.plan.topology import Topology
 from streamshards.runtime import (
@@ -32,8 +36,10 @@ from streamshards.runtime import (
     current_worker,
     is_shared,
     shared_counters,
+    usable_cores,
 )
 from streamshards.shard.columns import Columns, to_batch, to_owned_samples, to_samples
+from streamshards.shard.schema import Schema
 from streamshards.starts import SharedStart, Start
 
 EpochDatasetT = TypeVar("EpochDatasetT", bound="EpochDataset")
@@ -342,6 +348,37 @@ class EpochDataset(IterableDataset[Any]):
         state = self._state(start, topology)
         stream = self._open(state, start, assignment, slot, self._converter())
         return _Iterator(self, _Progress(state, assignment), stream)
+
+    def _reading(
+        self,
+        order: SampleOrder,
+        assignment: Assignment,
+        *,
+        period: int,
+        sources: Sequence[Source],
+        schema: Schema,
+        skip: int,
+        cancelled: threading.Event,
+        slot: int,
+    ) -> Reading:
+        """Return what one reader reads, with what this dataset was told about how; see ``Reading`` for the rest."""
+        return Reading(
+            order=order,
+            assignment=assignment,
+            period=period,
+            sources=sources,
+            schema=schema,
+            labels=self._labels,
+            skip=skip,
+            in_samples=self.batch_size is None,
+            prefetch=self._prefetch,
+            cores=usable_cores(assignment.topology.num_workers),
+            url=self.url,
+            cancelled=cancelled,
+            clock=self._clock,
+            counters=Counters(self._counts[slot]),
+            emit=self._emitter(slot),
+        )
 
     def _emitter(self, slot: int) -> Callable[[Event], None]:
         return partial(emit, observer=self._observer, counters=Counters(self._counts[slot]))

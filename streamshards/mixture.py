@@ -15,11 +15,10 @@ import xxhash
 from streamshards.dataset import StreamingDataset
 from streamshards.engine.labels import Labels
 from streamshards.engine.prefetch import BatchStream
-from streamshards.engine.reading import Reading
 from streamshards.engine.source import Source
 from streamshards.epochs import EpochDataset, Sample
 from streamshards.errors import OptionInvalid
-from streamshards.events import Counters, Event, Observer, summarize
+from streamshards.events import Event, Observer, summarize
 from streamshards.options import OrderOptions, PrefetchOptions, require_options
 from streamshards.plan.assignment import Assignment
 from streamshards.plan.mixture import (
@@ -36,7 +35,7 @@ from streamshards.plan.order import OrderSettings, resolve_order
 from streamshards.plan.state import State
 from streamshards.plan.topology import Topology
 from streamshards.plan.weights import Phase, Weights, parse_weights
-from streamshards.runtime import RankSource, usable_cores
+from streamshards.runtime import RankSource
 from streamshards.shard.columns import Columns
 from streamshards.shard.schema import Schema, unite
 from streamshards.starts import Start
@@ -300,24 +299,16 @@ class Mixture(EpochDataset):
                 f"{self.url}: a pass of {state.num_samples:,} samples is too short for {lanes:,} lanes; "
                 "use fewer (OrderOptions.lanes; by default one for each reader), or let it stop later"
             )
-        reading = Reading(
-            order=self._mixture_order(state.order, state.epoch, state.num_samples),
-            assignment=assignment,
+        return self._reading(
+            self._mixture_order(state.order, state.epoch, state.num_samples),
+            assignment,
             period=lanes * chunk * -(-MIXTURE_BLOCK // chunk),
             sources=[self._opened(source, start, cancelled, slot) for source in self._sources.values()],
             schema=self._schema,
-            labels=self._labels,
             skip=state.worker_batches,
-            in_samples=self.batch_size is None,
-            prefetch=self._prefetch,
-            cores=usable_cores(assignment.topology.num_workers),
-            url=self.url,
             cancelled=cancelled,
-            clock=self._clock,
-            counters=Counters(self._counts[slot]),
-            emit=self._emitter(slot),
-        )
-        return reading.open(convert)
+            slot=slot,
+        ).open(convert)
 
     def _opened(self, source: StreamingDataset, start: Start, cancelled: threading.Event, slot: int) -> Source:
         """Return *source* as the engine reads it: in the mixture's form of its fields, its events told to both."""

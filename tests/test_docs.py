@@ -9,7 +9,6 @@ import pytest
 import torch
 
 import streamshards as ss
-from streamshards.testing.servers import ServerNotInstalled
 
 ROOT = Path(__file__).parent.parent
 BLOCK = re.compile(r"^```python\n(.*?)^```", re.MULTILINE | re.DOTALL)
@@ -42,10 +41,7 @@ def test_usage(here: Path, capsys: pytest.CaptureFixture[str]) -> None:
     names: dict[str, object] = {"ss": ss, "torch": torch}
     exec(blocks("README.md")[0], names)
     for number, code in enumerate(blocks("docs/usage.md")):
-        try:
-            exec(code, names)
-        except ServerNotInstalled as error:
-            pytest.skip(str(error))
+        exec(code, names)
         if number == 0:
             dataset = names["ds"]
             assert isinstance(dataset, ss.StreamingDataset)

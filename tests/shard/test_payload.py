@@ -83,7 +83,7 @@ def test_no_rows_and_no_bytes(rows: int) -> None:
 
 
 def test_the_zstd_command_line_and_torch_load_read_the_same_tensors() -> None:
-    if shutil.which("zstd") is None:
+    if shutil.which("zstd") is None:  # no package of PyPI brings the command; CI's machine has it
         pytest.skip("the zstd command line is not installed")
     columns = columns_of_samples(mixed_samples())
     shard = encode(columns)
