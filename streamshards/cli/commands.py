@@ -146,7 +146,7 @@ def pack(
     src: Annotated[str, typer.Argument(metavar="SRC", help="A folder or url with .pt files, or a dataset.")],
     dst: Annotated[str, typer.Argument(metavar="DST", help="Where the dataset goes.")],
     shard_bytes: Annotated[str, typer.Option(help="About how large a shard is before compression.")] = "32MiB",
-    compression: Annotated[str, typer.Option(help="zstd:-7 (quick) to zstd:22 (small), or none.")] = "zstd:3",
+    compression: Annotated[str, typer.Option(help="auto, zstd:-7 (quick) to zstd:22 (small), or none.")] = "auto",
     mode: Annotated[Mode, typer.Option(help="What to do where there is a dataset at DST.")] = Mode.ERROR,
     layout: Layout = FileLayout.AUTO,
     trust_pickle: TrustPickle = False,

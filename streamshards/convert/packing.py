@@ -38,7 +38,7 @@ def pack(
     dst: str | os.PathLike[str],
     *,
     shard_bytes: int | str = "32MiB",
-    compression: str = "zstd:3",
+    compression: str = "auto",
     mode: Literal["error", "append", "replace"] = "error",
     layout: str = "auto",
     trust_pickle: bool = False,

@@ -57,7 +57,7 @@ class Packer:
 
     Args:
         store: Where they go.
-        level: Of zstd.
+        level: Of zstd; None: chosen for each column.
         num_threads: That compress and store, a shard each.
         max_pending_bytes: ``submit`` blocks while more would be under way; one shard always may be.
         retry: How long to try.
@@ -70,7 +70,7 @@ class Packer:
         self,
         store: Store,
         *,
-        level: int,
+        level: int | None,
         num_threads: int,
         max_pending_bytes: int,
         retry: RetryOptions,

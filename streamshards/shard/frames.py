@@ -29,6 +29,14 @@ BLOCK_BYTES: Final = 4 * MiB
 and a sixth of the speed beside a busy thread; larger ones make partial reads dearer and gain nothing."""
 MIN_SAVING: Final = 1 / 32
 """A column block that shrinks by less is stored as it is: decoding it would cost more time than its bytes."""
+AUTO_MIN_SAVING: Final = 1 / 10
+"""The same, where the level is ours to choose: stored bytes are read at the speed of a copy, ten times as fast."""
+AUTO_LEVELS: Final = (1, 3)
+"""Decoding what level 1 made is up to twice as fast (plain pixels), as compressing is; other levels gain little."""
+AUTO_STEP: Final = 1 / 8
+"""Level 3 is taken where it makes a column this much smaller than level 1 does."""
+_SAMPLE_SLICES: Final = 4
+_SAMPLE_BYTES: Final = 128 * KiB  # of each slice; all together more than 256 KiB, below which zstd works differently
 
 DIRECTORY_MAGIC: Final = 0x184D2A5D
 SEEK_TABLE_MAGIC: Final = 0x184D2A5E
@@ -49,9 +57,13 @@ _INFLATE_BYTES: Final = 4 * MiB  # few GIL-free calls; a bomb is noticed this la
 
 
 class FrameWriter:
-    """A file object for ``torch.save`` that turns what is written into frames."""
+    """A file object for ``torch.save`` that turns what is written into frames.
 
-    def __init__(self, *, level: int) -> None:
+    Args:
+        level: Of zstd. None: chosen for each column by a sample of its bytes, and by nothing else.
+    """
+
+    def __init__(self, *, level: int | None) -> None:
         self.position = 0
         """Bytes written so far, uncompressed."""
         self._watched: dict[int, tuple[int, int]] = {}
@@ -59,7 +71,9 @@ class FrameWriter:
         self._pending = bytearray()
         self._frames: list[bytes] = []
         self._entries: list[bytes] = []
-        self._compressor = zstandard.ZstdCompressor(level=level, write_checksum=True, write_content_size=True)
+        self._level = level
+        self._min_saving = AUTO_MIN_SAVING if level is None else MIN_SAVING
+        self._compressors: dict[int, zstandard.ZstdCompressor] = {}
 
     def watch(self, address: int, nbytes: int, row_bytes: int) -> None:
         """Expect a column's storage at *address*: it gets frames of its own, cut between rows of *row_bytes*."""
@@ -96,7 +110,8 @@ class FrameWriter:
     def flush(self) -> None:
         """End the frame of small writes, if there is one."""
         for start in range(0, len(self._pending), BLOCK_BYTES):
-            self._emit(self._compressor.compress(self._pending[start : start + BLOCK_BYTES]))
+            compressor = self._compressor(AUTO_LEVELS[-1] if self._level is None else self._level)
+            self._emit(compressor.compress(self._pending[start : start + BLOCK_BYTES]))
         self._pending = bytearray()
 
     def finish(self, directory: bytes) -> bytes:
@@ -113,10 +128,19 @@ class FrameWriter:
     def _write_column(self, view: memoryview, row_bytes: int) -> None:
         self.flush()
         size = block_size(view.nbytes, row_bytes)
+        level = choose_level(view) if self._level is None else self._level
         for start in range(0, view.nbytes, size):
             block = view[start : start + size]
-            frame = self._compressor.compress(block)
-            self._emit(frame if len(frame) <= block.nbytes * (1 - MIN_SAVING) else stored_frame(block))
+            self._emit(stored_frame(block) if level is None else self._compress(block, level))
+
+    def _compress(self, block: memoryview, level: int) -> bytes:
+        frame = self._compressor(level).compress(block)
+        return frame if len(frame) <= block.nbytes * (1 - self._min_saving) else stored_frame(block)
+
+    def _compressor(self, level: int) -> zstandard.ZstdCompressor:
+        if level not in self._compressors:
+            self._compressors[level] = _make_compressor(level)
+        return self._compressors[level]
 
     def _emit(self, frame: bytes) -> None:
         content_size = zstandard.get_frame_parameters(frame[:18]).content_size
@@ -130,6 +154,24 @@ def block_size(nbytes: int, row_bytes: int) -> int:
     unit = row_bytes if 0 < row_bytes <= BLOCK_BYTES // 2 else 64
     num_blocks = -(-nbytes // BLOCK_BYTES)
     return max(1, -(-nbytes // (num_blocks * unit))) * unit
+
+
+def choose_level(column: memoryview) -> int | None:
+    """Return the zstd level for a column's bytes, by what slices of it shrink to; None: store it as it is."""
+    if column.nbytes <= _SAMPLE_SLICES * _SAMPLE_BYTES:
+        sample = bytes(column)
+    else:
+        last = column.nbytes - _SAMPLE_BYTES
+        starts = [last * number // (_SAMPLE_SLICES - 1) for number in range(_SAMPLE_SLICES)]
+        sample = b"".join([column[start : start + _SAMPLE_BYTES] for start in starts])
+    quick, small = (len(_make_compressor(level).compress(sample)) for level in AUTO_LEVELS)
+    if min(quick, small) > len(sample) * (1 - AUTO_MIN_SAVING):
+        return None
+    return AUTO_LEVELS[small <= quick * (1 - AUTO_STEP)]
+
+
+def _make_compressor(level: int) -> zstandard.ZstdCompressor:
+    return zstandard.ZstdCompressor(level=level, write_checksum=True, write_content_size=True)
 
 
 def stored_frame(data: memoryview) -> bytes:
@@ -313,7 +355,7 @@ class FrameReader:
 
 def deflate(data: bytes) -> bytes:
     """Return *data* as one zstd frame with content size and checksum; ``inflate`` gives it back."""
-    return zstandard.ZstdCompressor(level=3, write_checksum=True, write_content_size=True).compress(data)
+    return _make_compressor(3).compress(data)
 
 
 def inflate(data: bytes | memoryview, *, name: str, max_raw_bytes: int) -> bytearray:

@@ -52,12 +52,12 @@ def digest_of(data: bytes | memoryview) -> str:
     return xxhash.xxh3_128_hexdigest(data)
 
 
-def encode(columns: Columns, *, level: int = 3) -> EncodedShard:
+def encode(columns: Columns, *, level: int | None = None) -> EncodedShard:
     """Return *columns* as a shard.
 
     Args:
         columns: On the CPU. Tensors that share a storage, or are views, are copied first.
-        level: Of zstd, 1 (fast) to 22; decoding is as fast at all of them.
+        level: Of zstd, 1 (fast) to 22. None: chosen for each column.
 
     Guarantees: ``zstd -d`` gives a file that ``torch.load(weights_only=True)`` reads into ``payload_of(columns)``.
     """

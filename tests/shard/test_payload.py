@@ -21,7 +21,8 @@ from streamshards.errors import SampleInvalid, ShardCorrupt
 from streamshards.options import MiB
 from streamshards.shard import payload as payload_module
 from streamshards.shard.columns import RowBuffer, to_samples
-from streamshards.shard.frames import BLOCK_BYTES, block_size, is_framed, stored_frame
+from streamshards.shard.data import Columns
+from streamshards.shard.frames import BLOCK_BYTES, block_size, choose_level, is_framed, stored_frame
 from streamshards.shard.payload import FramedShard, LoadedShard, columns_of_payload, digest_of, encode, payload_of
 from streamshards.shard.schema import Field, Schema
 
@@ -541,3 +542,42 @@ def test_a_torch_that_writes_otherwise_is_noticed(monkeypatch: pytest.MonkeyPatc
     monkeypatch.setattr(payload_module.torch, "save", save)
     with pytest.raises(RuntimeError, match="in one piece"):
         encode(columns_of_samples(mixed_samples()))
+
+
+def columns_of(data: dict[str, torch.Tensor]) -> Columns:
+    """Return *data* as columns."""
+    buffer = RowBuffer()
+    buffer.extend(data)
+    return buffer.finish()
+
+
+def columns_to_compress() -> dict[str, torch.Tensor]:
+    """One that does not shrink, one that level 1 shrinks as far as level 3, one that level 3 shrinks further."""
+    draw = torch.Generator().manual_seed(0)
+    phrases = torch.randint(0, 256, (5_000, 24), dtype=torch.uint8, generator=draw)
+    return {
+        "noise": torch.randint(0, 256, (100, 8_192), dtype=torch.uint8, generator=draw),
+        "nibbles": torch.randint(0, 16, (100, 8_192), dtype=torch.uint8, generator=draw),
+        "phrases": phrases[torch.randint(0, 5_000, (34_000,), generator=draw)].reshape(100, -1),
+    }
+
+
+def test_the_level_is_chosen_for_each_column_by_its_bytes() -> None:
+    """What would not shrink by a tenth is stored, the rest is level 1, or 3 where that is an eighth smaller."""
+    columns = columns_to_compress()
+    views = {name: memoryview(column.numpy()).cast("B") for name, column in columns.items()}
+    assert {name: choose_level(view) for name, view in views.items()} == {"noise": None, "nibbles": 1, "phrases": 3}
+    for name, view in views.items():
+        shard = encode(columns_of({name: columns[name]}))
+        sizes = [len(encode(columns_of({name: columns[name]}), level=level).data) for level in (1, 3)]
+        expected = {"noise": view.nbytes, "nibbles": sizes[0], "phrases": sizes[1]}[name]
+        assert abs(len(shard.data) - expected) < 4_096, name
+        assert torch.equal(open_shard(shard.data).columns().data[name,].values, columns[name])
+
+
+def test_a_choice_of_level_looks_at_slices_from_end_to_end() -> None:
+    """Noise at the beginning does not decide for a column that is mostly plain, and no bytes are no trouble."""
+    column = np.random.default_rng(0).integers(0, 256, 8 * MiB, dtype=np.uint8)
+    assert choose_level(memoryview(column)) is None
+    column[2 * MiB :] = 7
+    assert choose_level(memoryview(column)) == 1
