@@ -253,6 +253,7 @@ class ShardWriter:
             sizes=np.array([shard.stored_bytes for shard in shards], dtype=np.int64),
             raw_sizes=np.array([shard.raw_bytes for shard in shards], dtype=np.int64),
             digests=[shard.digest for shard in shards],
+            tails=np.array([shard.tail for shard in shards], dtype=np.int64).reshape(-1, 2),
             layout=_LAYOUT,
             codec=self._compression,
             created=utc_timestamp(),

@@ -12,7 +12,7 @@ from streamshards.errors import IndexInvalid, SampleInvalid, StreamShardsError
 from streamshards.options import GiB
 from streamshards.shard.columns import Columns
 from streamshards.shard.layouts import columns_of, decompressed, load_foreign
-from streamshards.shard.payload import FramedShard, digest_of, is_framed
+from streamshards.shard.payload import FramedShard, describe_tail, digest_of, is_framed, tail_of
 from streamshards.storage import Blob
 
 MAX_RAW_BYTES: Final = 64 * GiB
@@ -41,8 +41,8 @@ class LoadedFile:
     raw_bytes: int
     """Of the ``.pt`` file inside."""
     digest: str
-    is_framed: bool
-    """Whether it is a shard as streamshards stores it, which is read without unpickling."""
+    tail: tuple[int, int] | None
+    """See ``describe_tail``. None: not a shard as streamshards stores it, which is read without unpickling."""
 
 
 def find_files(place: Place) -> list[PtFile]:
@@ -113,7 +113,7 @@ def load_file(data: Blob, *, name: str, layout: str = "auto", trust_pickle: bool
         found, columns = columns_of(payload, layout=layout)
     except SampleInvalid as error:
         raise SampleInvalid(f"{name}: {error}{_hint(payload, layout)}") from error
-    return LoadedFile(found, columns, raw_bytes, digest, is_framed=False)
+    return LoadedFile(found, columns, raw_bytes, digest, tail=None)
 
 
 def _load_framed(data: Blob, name: str, layout: str, digest: str) -> LoadedFile:
@@ -122,7 +122,7 @@ def _load_framed(data: Blob, name: str, layout: str, digest: str) -> LoadedFile:
     reader = FramedShard(data, name=name, max_raw_bytes=MAX_RAW_BYTES)
     # Nobody has promised a digest yet: check every frame, those that only plain torch.load reads included.
     decompressed(data, name=name, max_raw_bytes=reader.raw_bytes)
-    return LoadedFile(OWN, reader.columns(), reader.raw_bytes, digest, is_framed=True)
+    return LoadedFile(OWN, reader.columns(), reader.raw_bytes, digest, tail=describe_tail(tail_of(data)))
 
 
 def _hint(payload: object, layout: str) -> str:

@@ -84,9 +84,10 @@ class _Rows:
         self._schema: Schema | None = None
         self._counts: list[tuple[int, int, int]] = []
         self._digests: list[str] = []
+        self._tails: list[tuple[int, int]] = []
 
     def add(self, file: PtFile, loaded: LoadedFile) -> None:
-        if loaded.layout == OWN and not loaded.is_framed:
+        if loaded.layout == OWN and loaded.tail is None:
             raise SampleInvalid(
                 f"{self._place.url}/{file.name}: the .pt file of a shard, but its seek table is damaged or gone; "
                 f"pack it anew: streamshards pack {self._place.url} DST"
@@ -98,6 +99,7 @@ class _Rows:
         self.names.append(file.name)
         self._counts.append((columns.num_rows, file.size, loaded.raw_bytes))
         self._digests.append(loaded.digest)
+        self._tails.append(loaded.tail or (0, 0))
 
     def to_index(self, codec: str) -> Index:
         if self._schema is None:
@@ -110,6 +112,7 @@ class _Rows:
             sizes=sizes,
             raw_sizes=raw_sizes,
             digests=self._digests,
+            tails=np.array(self._tails, dtype=np.int64),
             layout=self._layout,
             codec=codec,
             created=utc_timestamp(),

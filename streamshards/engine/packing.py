@@ -36,6 +36,7 @@ class StoredShard:
     raw_bytes: int
     stored_bytes: int
     digest: str
+    tail: tuple[int, int]
 
 
 @dataclass
@@ -192,7 +193,7 @@ class Packer:
             cancelled=self._cancelled,
             on_retry=self._on_retry,
         )
-        stored = StoredShard(name, shard.num_rows, shard.raw_bytes, len(shard.data), shard.digest)
+        stored = StoredShard(name, shard.num_rows, shard.raw_bytes, len(shard.data), shard.digest, shard.tail)
         with self._telling:
             self._on_stored(stored)
         with self._changed:

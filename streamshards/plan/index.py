@@ -28,6 +28,8 @@ _MAX_COUNT: Final = 1 << 48
 _MAX_TOTAL: Final = 1 << 61
 """No dataset has more rows or bytes than this: sums stay inside int64, also those of two columns together."""
 
+_TAIL_KEYS: Final = ("tail_bytes", "tail_check")
+
 _DIGEST: Final = re.compile(r"[0-9a-f]{32}")
 _BAD_NAME: Final = re.compile(
     r"""
@@ -55,6 +57,9 @@ class Index:
         sizes: int64 ``(shards,)``, bytes of each object in the store.
         raw_sizes: int64 ``(shards,)``, bytes of each payload once decoded.
         digests: xxh3-128 of each object's bytes, 32 hex digits.
+        tails: int64 ``(shards, 2)``: bytes of each object's end that says where its fields are, which a reader fetches
+            before it reads a part, and the low 48 bits of their xxh3-64. 0 bytes: not known, the object is read whole.
+            Left out: none is known.
         layout: ``"shard"`` for our own shards, else the layout of foreign ``.pt`` files.
         codec: How shards were compressed, for people: ``"zstd:3"``.
         created: ISO 8601.
@@ -71,9 +76,12 @@ class Index:
     codec: str = "zstd:3"
     created: str = ""
     writer: str = ""
+    tails: Int64Array = field(default_factory=lambda: np.empty((0, 2), dtype=np.int64))
     num_samples: int = field(init=False)
 
     def __post_init__(self) -> None:
+        if not len(self.tails):
+            object.__setattr__(self, "tails", np.zeros((len(self.rows), 2), dtype=np.int64))
         object.__setattr__(self, "num_samples", int(self.rows.sum()))
 
     @property
@@ -109,9 +117,15 @@ class Index:
                 "bytes": self.sizes.tolist(),
                 "raw_bytes": self.raw_sizes.tolist(),
                 "digest": list(self.digests),
+                **self._tails(),
             },
         }
         return (json.dumps(content, ensure_ascii=False, separators=(",", ":")) + "\n").encode()
+
+    def _tails(self) -> dict[str, list[int]]:
+        if not self.tails.any():
+            return {}
+        return {key: column.tolist() for key, column in zip(_TAIL_KEYS, self.tails.T, strict=True)}
 
     @classmethod
     def parse(cls, data: bytes, *, url: str) -> Index:
@@ -131,7 +145,8 @@ class Index:
         _check_names(names, url)
         if not all(isinstance(d, str) and _DIGEST.fullmatch(d) for d in digests):
             raise IndexInvalid(f"{url}: shards.digest must hold 32 hex digits each; rebuild the index")
-        counts = {key: _integers(shards, key, url) for key in ("rows", "bytes", "raw_bytes")}
+        keys = ("rows", "bytes", "raw_bytes", *(_TAIL_KEYS if _TAIL_KEYS[0] in shards else ()))
+        counts = {key: _integers(shards, key, url) for key in keys}
         for key, column in {"digest": digests, **counts}.items():
             if len(column) != len(names):
                 raise IndexInvalid(f"{url}: {len(names):,} shard names but {len(column):,} values in shards.{key}")
@@ -146,7 +161,10 @@ class Index:
             codec=_require(content, "codec", str, url),
             created=_require(content, "created", str, url),
             writer=_require(content, "writer", str, url),
+            tails=np.stack([counts[key] for key in keys[3:]], axis=1) if keys[3:] else np.empty((0, 2), dtype=np.int64),
         )
+        if (index.tails[:, 0] > index.sizes).any():
+            raise IndexInvalid(f"{url}: shards.tail_bytes says more than shards.bytes; rebuild the index")
         promised = _require(content, "num_samples", int, url)
         if promised != index.num_samples:
             raise IndexInvalid(
@@ -178,6 +196,7 @@ class Index:
             sizes=np.concatenate([self.sizes, other.sizes]),
             raw_sizes=np.concatenate([self.raw_sizes, other.raw_sizes]),
             digests=[*self.digests, *other.digests],
+            tails=np.concatenate([self.tails, other.tails]),
             layout=self.layout,
             codec=other.codec,
             created=other.created,
@@ -193,6 +212,7 @@ class Index:
             sizes=self.sizes[:num_shards],
             raw_sizes=self.raw_sizes[:num_shards],
             digests=self.digests[:num_shards],
+            tails=self.tails[:num_shards],
         )
 
     def __repr__(self) -> str:

@@ -214,43 +214,77 @@ def _table_bytes(view: memoryview) -> int | None:
     return int(size)
 
 
+def tail_of(data: bytes | memoryview) -> memoryview:
+    """Return the end of a shard, directory and seek table: what is needed to read any part of it.
+
+    Args:
+        data: A whole shard whose ``FrameReader`` found nothing wrong.
+    """
+    view = memoryview(data)
+    directory_bytes: int = _ENTRY.unpack_from(view, len(view) - _FOOTER.size - _ENTRY.size)[0]
+    return view[len(view) - (_table_bytes(view) or 0) - directory_bytes :]
+
+
 class FrameReader:
     """Reads ranges of the uncompressed ``.pt`` file out of a shard.
 
     Threads may share it: each call has a decompressor of its own.
     """
 
-    def __init__(self, data: bytes | memoryview, *, name: str, max_raw_bytes: int) -> None:
+    def __init__(
+        self, data: bytes | memoryview, *, name: str, max_raw_bytes: int, stored_bytes: int | None = None
+    ) -> None:
         """Check the frames against the seek table.
 
         Args:
-            data: The whole object.
+            data: The whole object, or its end, from ``tail_of`` on; then ``add`` brings what is to be read.
             name: The shard, for messages.
             max_raw_bytes: Refuse more uncompressed bytes than this.
+            stored_bytes: Of the whole object; None: *data* is all of it.
 
         Raises:
             ShardCorrupt: The seek table, the frames' headers and the object's size do not agree.
         """
         self.name = name
-        self._data = memoryview(data).cast("B")
-        table = _table_bytes(self._data)
+        tail = memoryview(data).cast("B")
+        table = _table_bytes(tail)
         if table is None:
-            raise self._corrupt(f"no seek table at the end of its {len(self._data):,} bytes; truncated, or not a shard")
-        end = len(self._data) - table
-        entries = np.frombuffer(self._data[end + _SKIPPABLE.size : -_FOOTER.size], _ENTRY_DTYPE).reshape(-1, 3)
-        sizes = entries.astype(np.int64)
-        self._starts = np.concatenate([[0], sizes[:, 0].cumsum()])
-        self._raw_starts = np.concatenate([[0], sizes[:-1, 1].cumsum()])
-        if int(self._starts[-1]) != end:
-            raise self._corrupt(f"the seek table accounts for {int(self._starts[-1]):,} bytes, {end:,} came")
+            raise self._corrupt(f"no seek table at the end of its {len(tail):,} bytes; truncated, or not a shard")
+        entries = np.frombuffer(tail[-table:][_SKIPPABLE.size : -_FOOTER.size], _ENTRY_DTYPE).reshape(-1, 3)
+        self._entries = entries.astype(np.int64)
+        self._starts = np.concatenate([[0], self._entries[:, 0].cumsum()])
+        self._raw_starts = np.concatenate([[0], self._entries[:-1, 1].cumsum()])
+        size = len(tail) if stored_bytes is None else stored_bytes
+        if int(self._starts[-1]) != size - table:
+            raise self._corrupt(f"the seek table accounts for {int(self._starts[-1]):,} bytes, {size - table:,} came")
         self.raw_bytes = int(self._raw_starts[-1])
         """Bytes of the uncompressed file."""
         if self.raw_bytes > max_raw_bytes:
             raise self._corrupt(f"inflates to {self.raw_bytes:,} bytes, more than the {max_raw_bytes:,} allowed")
-        self.directory = self._read_directory(sizes[-1])
+        self._segments: list[tuple[int, memoryview]] = [(size - len(tail), tail)]
+        self.directory = self._read_directory(self._entries[-1])
         """The directory's JSON; its checksum is right."""
-        for number, (_, raw_size, checksum) in enumerate(sizes[:-1].tolist()):
-            self._check_frame(number, raw_size, checksum)
+        self._check_frames(*self._segments[0])
+
+    def add(self, start: int, data: bytes | memoryview) -> None:
+        """Take stored bytes from *start* on: those of a ``stored_range``, or of several with what lies between.
+
+        Raises:
+            ShardCorrupt: They do not agree with the seek table.
+        """
+        segment = (start, memoryview(data).cast("B"))
+        self._check_frames(*segment)
+        self._segments.append(segment)
+
+    def stored_range(self, lo: int, hi: int) -> tuple[int, int]:
+        """Return which stored bytes, from and to, hold the frames with bytes lo..hi of the uncompressed file."""
+        first = int(np.searchsorted(self._raw_starts, lo, "right")) - 1
+        last = int(np.searchsorted(self._raw_starts, hi, "left"))
+        return int(self._starts[first]), int(self._starts[last])
+
+    def holds(self, start: int, stop: int) -> bool:
+        """Return whether these stored bytes are here."""
+        return any(at <= start and stop <= at + len(data) for at, data in self._segments)
 
     def read_into(self, lo: int, hi: int, out: memoryview) -> None:
         """Fill *out* with bytes lo..hi of the uncompressed file.
@@ -311,7 +345,7 @@ class FrameReader:
         start, end = int(self._starts[first]), int(self._starts[last])
         decompressor = zstandard.ZstdDecompressor(max_window_size=_MAX_WINDOW_BYTES)
         try:
-            with decompressor.stream_reader(self._data[start:end], read_across_frames=True) as stream:
+            with decompressor.stream_reader(self._stored(start, end), read_across_frames=True) as stream:
                 count = stream.readinto(out)
         except zstandard.ZstdError as error:
             raise self._corrupt(f"bytes {start:,} to {end:,} do not decode: {error}") from error
@@ -324,17 +358,34 @@ class FrameReader:
         prefix = _SKIPPABLE.size + _CHECK.size
         if not prefix <= size <= prefix + MAX_DIRECTORY_BYTES or (raw_size, checksum) != (0, _EMPTY_CHECKSUM):
             raise self._corrupt(f"bytes {start:,} to {start + size:,} are no directory")
-        if _SKIPPABLE.unpack_from(self._data, start) != (DIRECTORY_MAGIC, size - _SKIPPABLE.size):
+        if not self.holds(start, start + size):
+            raise self._corrupt(f"a directory of {size:,} bytes at byte {start:,}, before what came")
+        frame = self._stored(start, start + size)
+        if _SKIPPABLE.unpack_from(frame) != (DIRECTORY_MAGIC, size - _SKIPPABLE.size):
             raise self._corrupt(f"no directory at byte {start:,}")
-        (check,) = _CHECK.unpack_from(self._data, start + _SKIPPABLE.size)
-        content = bytes(self._data[start + prefix : start + size])
+        (check,) = _CHECK.unpack_from(frame, _SKIPPABLE.size)
+        content = bytes(frame[prefix:])
         if xxhash.xxh64_intdigest(content) != check:
             raise self._corrupt(f"the directory at byte {start:,} does not have its checksum")
         return content
 
-    def _check_frame(self, number: int, raw_size: int, checksum: int) -> None:
-        start, end = int(self._starts[number]), int(self._starts[number + 1])
-        frame = self._data[start:end]
+    def _stored(self, start: int, end: int) -> memoryview:
+        for at, data in self._segments:
+            if at <= start and end <= at + len(data):
+                return data[start - at : end - at]
+        raise RuntimeError(f"{self.name}: stored bytes {start:,} to {end:,} have not been fetched")
+
+    def _check_frames(self, start: int, data: memoryview) -> None:
+        """Check the frames that lie wholly in *data*, which are the object's bytes from *start* on."""
+        first = int(np.searchsorted(self._starts, start, "left"))
+        last = int(np.searchsorted(self._starts, start + len(data), "right")) - 1
+        for number in range(first, min(last, len(self._entries) - 1)):
+            lo, hi = int(self._starts[number]) - start, int(self._starts[number + 1]) - start
+            self._check_frame(number, data[lo:hi])
+
+    def _check_frame(self, number: int, frame: memoryview) -> None:
+        start = int(self._starts[number])
+        raw_size, checksum = int(self._entries[number, 1]), int(self._entries[number, 2])
         if bytes(frame[:4]) != zstandard.FRAME_HEADER:
             raise self._corrupt(f"no zstd frame at byte {start:,}")
         try:

@@ -13,7 +13,7 @@ import xxhash
 from streamshards.errors import SampleInvalid, ShardCorrupt, StreamShardsError
 from streamshards.shard.data import ColumnData, Columns, part_dtype, part_shape
 from streamshards.shard.directory import Directory, Extent
-from streamshards.shard.frames import FrameReader, FrameWriter, is_framed
+from streamshards.shard.frames import FrameReader, FrameWriter, is_framed, tail_of
 from streamshards.shard.reader import BaseReader, LoadedShard, ShardReader
 from streamshards.shard.schema import Field, Part, Path, Schema
 
@@ -23,10 +23,12 @@ __all__ = [
     "LoadedShard",
     "ShardReader",
     "columns_of_payload",
+    "describe_tail",
     "digest_of",
     "encode",
     "is_framed",
     "payload_of",
+    "tail_of",
 ]
 
 VERSION: Final = 1
@@ -42,6 +44,8 @@ class EncodedShard:
     """Size of the ``.pt`` file inside."""
     digest: str
     """Of *data*; see ``digest_of``."""
+    tail: tuple[int, int]
+    """Size and checksum of the end of *data* that says where everything is; see ``describe_tail``."""
 
     def __repr__(self) -> str:
         return f"<EncodedShard: {self.num_rows:,} rows, {self.raw_bytes:,} bytes in {len(self.data):,}>"
@@ -50,6 +54,11 @@ class EncodedShard:
 def digest_of(data: bytes | memoryview) -> str:
     """Return the digest that the index keeps of a shard: xxh3-128 of the object's bytes, in hex."""
     return xxhash.xxh3_128_hexdigest(data)
+
+
+def describe_tail(tail: bytes | memoryview) -> tuple[int, int]:
+    """Return what the index says about a shard's tail: its size, and the low 48 bits of its xxh3-64."""
+    return len(tail), xxhash.xxh3_64_intdigest(tail) & 0xFFFF_FFFF_FFFF
 
 
 def encode(columns: Columns, *, level: int | None = None) -> EncodedShard:
@@ -72,7 +81,7 @@ def encode(columns: Columns, *, level: int | None = None) -> EncodedShard:
     directory = Directory(columns.num_rows, writer.position, columns.schema, _extents(columns, writer)).to_bytes()
     Directory.parse(directory, name="the shard just encoded", raw_bytes=writer.position)
     data = writer.finish(directory)
-    return EncodedShard(data, columns.num_rows, writer.position, digest_of(data))
+    return EncodedShard(data, columns.num_rows, writer.position, digest_of(data), describe_tail(tail_of(data)))
 
 
 def payload_of(columns: Columns) -> dict[str, Any]:
@@ -184,12 +193,18 @@ class PayloadShard(BaseReader):
         return offsets
 
     def _copy(self, own: Field, part: Part, lo: int, hi: int, out: torch.Tensor) -> None:
-        extent = self._directory.extents[own.path, part]
-        start, end = extent.offset + lo * extent.item_bytes, extent.offset + hi * extent.item_bytes
-        if hi > extent.shape[0] or out.numel() != end - start:
-            raise ShardCorrupt(f"{self.name}: field {own.name!r}: items {lo:,} to {hi:,} of {extent.shape[0]:,} {part}")
+        start, end = self._span(own, part, lo, hi)
+        if out.numel() != end - start:
+            raise ShardCorrupt(f"{self.name}: field {own.name!r}: {part} {lo:,} to {hi:,} take {end - start:,} bytes")
         if end > start:
             self._payload.read_into(start, end, out.numpy().data)
+
+    def _span(self, own: Field, part: Part, lo: int, hi: int) -> tuple[int, int]:
+        """Return where items lo..hi of a stored part lie in the payload."""
+        extent = self._directory.extents[own.path, part]
+        if hi > extent.shape[0]:
+            raise ShardCorrupt(f"{self.name}: field {own.name!r}: items {lo:,} to {hi:,} of {extent.shape[0]:,} {part}")
+        return extent.offset + lo * extent.item_bytes, extent.offset + hi * extent.item_bytes
 
 
 class FramedShard(PayloadShard):

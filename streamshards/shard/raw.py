@@ -187,17 +187,17 @@ class RawFile:
 
 
 class BackedPayload:
-    """A :class:`Payload` that goes on from another source when its file fails in the middle. Threads may share it.
+    """A :class:`Payload` that goes on from another source when its first fails in the middle. Threads may share it.
 
     Args:
-        file: Verified.
+        first: Verified as far as it can be without reading it.
         on_failure: Returns the same payload from elsewhere; is told what is wrong, and asked once.
     """
 
-    def __init__(self, file: RawFile, on_failure: Callable[[ShardCorrupt], Payload]) -> None:
-        self.raw_bytes = file.raw_bytes
-        self.directory = file.directory
-        self._payload: Payload = file
+    def __init__(self, first: Payload, on_failure: Callable[[ShardCorrupt], Payload]) -> None:
+        self.raw_bytes = first.raw_bytes
+        self.directory = first.directory
+        self._payload: Payload = first
         self._on_failure: Callable[[ShardCorrupt], Payload] | None = on_failure
         self._lock = threading.Lock()
 

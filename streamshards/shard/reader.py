@@ -28,6 +28,8 @@ class ShardReader(Protocol):
     schema: Schema
     is_decoded: bool
 
+    def load(self, schema: Schema, lo: int, hi: int) -> None: ...
+
     def offsets(self, field: Field, lo: int, hi: int) -> torch.Tensor: ...
 
     def read_into(self, field: Field, part: Part, lo: int, hi: int, out: torch.Tensor) -> None: ...
@@ -55,6 +57,9 @@ class BaseReader(ABC):
     @abstractmethod
     def _copy(self, own: Field, part: Part, lo: int, hi: int, out: torch.Tensor) -> None:
         """Fill flat uint8 *out* with items lo..hi of the first dim of a stored part, exactly."""
+
+    def load(self, schema: Schema, lo: int, hi: int) -> None:  # noqa: B027 - most shards are all here
+        """Make sure that rows lo..hi of the fields of *schema* can be read without waiting."""
 
     def offsets(self, field: Field, lo: int, hi: int) -> torch.Tensor:
         """Return where rows lo..hi begin in the values that ``read_into`` gives, int64 (hi - lo + 1,), from 0.

@@ -546,3 +546,33 @@ def test_an_index_says_what_it_is() -> None:
     """The repr names samples, shards, bytes and the fingerprint."""
     index = make(["a"], rows=[12_345])
     assert repr(index) == f"Index(samples=12,345, shards=1, bytes=100, fingerprint={index.fingerprint})"
+
+
+# -- tails ---------------------------------------------------------------------------------------------------------
+
+
+def test_tails_come_back_and_are_not_the_fingerprint() -> None:
+    """They say how to read the same bytes."""
+    plain = make()
+    index = make(tails=np.array([[50, 7], [60, (1 << 48) - 1]], dtype=np.int64))
+    assert parse(index.dump()).tails.tolist() == [[50, 7], [60, (1 << 48) - 1]]
+    assert index.fingerprint == plain.fingerprint
+    assert "tail_bytes" not in as_json(plain)["shards"]
+    assert parse(plain.dump()).tails.tolist() == [[0, 0], [0, 0]]
+
+
+def test_tails_follow_their_shards() -> None:
+    """A dataset from before may be appended to: its shards have none."""
+    old, new = make(["a"]), make(["b"], tails=np.array([[50, 7]], dtype=np.int64))
+    joined = old.extended(new, schema={})
+    assert joined.tails.tolist() == [[0, 0], [50, 7]]
+    assert parse(joined.dump()).tails.tolist() == joined.tails.tolist()
+    assert joined.head(1).tails.tolist() == [[0, 0]]
+
+
+def test_tails_lie_inside_their_shards() -> None:
+    content = as_json(make(tails=np.array([[50, 7], [60, 8]], dtype=np.int64)))
+    content["shards"]["tail_bytes"][1] = 102
+    assert "shards.tail_bytes says more than shards.bytes" in refusal(content)
+    del content["shards"]["tail_check"]
+    assert "'tail_check' must be a list" in refusal(content)
