@@ -576,3 +576,21 @@ def test_tails_lie_inside_their_shards() -> None:
     assert "shards.tail_bytes says more than shards.bytes" in refusal(content)
     del content["shards"]["tail_check"]
     assert "'tail_check' must be a list" in refusal(content)
+
+
+def test_checksums_are_not_added_up() -> None:
+    """Those of 20,000 shards are more than any dataset has bytes."""
+    index = make([f"{number}" for number in range(20_000)], tails=np.tile([50, (1 << 48) - 1], (20_000, 1)))
+    assert parse(index.dump()).tails.tolist() == index.tails.tolist()
+
+
+@given(st.lists(st.text(st.sampled_from("ab.-_/\\:\n\0 é"), max_size=4), max_size=4, unique=True))
+@settings(deadline=None, max_examples=300)
+def test_names_are_refused_together_as_they_are_one_by_one(names: list[str]) -> None:
+    """The quick look at all of them lets nothing pass."""
+    content = as_json(make([f"{number}" for number in range(len(names))]))
+    content["shards"]["name"] = names
+    if all(map(is_safe_name, names)):
+        assert not names or "fingerprint" in refusal(content)
+    else:
+        assert "names must be relative, printable" in refusal(content)
