@@ -1,7 +1,8 @@
 """What happened: frozen event values, the observer that receives them, and counters.
 
-Every retry, skip, refill and slow read is one event, one counter and (skips: errors, the rest: warnings) one line
-in the ``streamshards`` logger. The library never configures logging and never prints.
+Every retry, second request, skip, refill and slow read is one event, one counter and one line in the ``streamshards``
+logger (skips: errors, second requests: infos, the rest: warnings). The library never configures logging and never
+prints.
 """
 
 from __future__ import annotations
@@ -33,6 +34,20 @@ class FetchRetried:
 
 
 @dataclass(frozen=True, slots=True)
+class FetchHedged:
+    """A shard was asked for a second time, because it had not come after ``RetryOptions.hedge_s``."""
+
+    url: str
+    after_s: float
+    is_won: bool
+    """Whether the second request brought it."""
+
+    def __str__(self) -> str:
+        first = "second" if self.is_won else "first"
+        return f"{self.url}: not there after {self.after_s:g} s, asked a second time; the {first} request was faster"
+
+
+@dataclass(frozen=True, slots=True)
 class ShardSkipped:
     """A shard is lost for this epoch; its rows' places are refilled from others."""
 
@@ -53,9 +68,18 @@ class ReadSlow:
     url: str
     waited_s: float
     waiting_for: str
+    attempt: int = 0
+    """Which request for that shard is meant, from 1; 0: none was made yet, or it is no shard that is waited for."""
+    doing: str = ""
+    """What is happening to it: ``"asked 12 s ago"``."""
+    cause: str = ""
+    """Why the attempt before failed; empty if none did."""
 
     def __str__(self) -> str:
-        return f"{self.url}: waited {self.waited_s:.0f} s for {self.waiting_for}"
+        attempt = f", attempt {self.attempt}" if self.attempt else ""
+        doing = f", {self.doing}" if self.doing else ""
+        cause = f"; failed before: {self.cause}" if self.cause else ""
+        return f"{self.url}: waited {self.waited_s:.0f} s for {self.waiting_for}{attempt}{doing}{cause}"
 
 
 @dataclass(frozen=True, slots=True)
@@ -87,7 +111,7 @@ def _beside(url: str, cause: str) -> str:
     return cause.removeprefix(f"{url}: ")
 
 
-Event = FetchRetried | ShardSkipped | ReadSlow | CacheOff | CacheDamaged
+Event = FetchRetried | FetchHedged | ShardSkipped | ReadSlow | CacheOff | CacheDamaged
 Observer = Callable[[Event], None]
 """Receives each event, on the thread where it happened; must be quick and must not raise."""
 
@@ -95,6 +119,7 @@ COUNTERS: Final = (
     "samples", "batches", "shards_read", "bytes_read", "bytes_decoded",
     "retries", "shards_skipped", "rows_skipped", "slow_reads",
     "cache_hits", "cache_misses", "cache_evicted", "cache_damaged", "bytes_cached",
+    "hedges", "hedges_won",
     "wait_ns", "fetch_ns", "decode_ns", "gather_ns",
 )  # fmt: skip
 """What is counted, in the order of a ``Counters`` row. Names ending in ``_ns`` are nanoseconds, summed over threads."""
@@ -133,6 +158,9 @@ def emit(event: Event, *, observer: Observer | None, counters: Counters) -> None
         case FetchRetried():
             logger.warning("%s", event)
             counters.add(retries=1)
+        case FetchHedged():
+            logger.info("%s", event)
+            counters.add(hedges=1, hedges_won=int(event.is_won))
         case ShardSkipped():
             logger.error("%s", event)
             counters.add(shards_skipped=1, rows_skipped=event.rows)

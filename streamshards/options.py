@@ -121,11 +121,17 @@ class RetryOptions:
     max_wait_s: float = 10.0
     """No wait between two attempts is longer than this."""
     corrupt_attempts: int = 3
-    """How often a shard whose bytes are wrong is fetched in all before it counts as corrupt."""
+    """How often a shard or an index whose bytes are wrong is fetched in all before it counts as corrupt."""
+    hedge_s: float | None = None
+    """Ask for a shard a second time, on another connection, when it has not come after this long, and take whichever
+    comes first (S3). At most one read in twenty, and none while the store fails. Set it well above what a read takes
+    as a rule: to its 99th percentile, say. None: never."""
 
     def __post_init__(self) -> None:
         for name in ("deadline_s", "first_contact_s", "attempt_timeout_s", "stall_s", "base_s", "max_wait_s"):
             _require_positive_s(getattr(self, name), name=f"RetryOptions.{name}")
+        if self.hedge_s is not None:
+            _require_positive_s(self.hedge_s, name="RetryOptions.hedge_s")
         if self.stall_s > _MAX_STALL_S:
             raise OptionInvalid(f"RetryOptions.stall_s={self.stall_s!r} must be at most {_MAX_STALL_S:g} s")
         rate = self.min_bytes_per_s

@@ -87,9 +87,9 @@ class HookedStore(MemoryStore):
         self.hook("put", key)
         super().put(key, data, timeout_s=timeout_s, if_absent=if_absent)
 
-    def delete(self, key: str) -> None:
+    def delete(self, key: str, **how: Any) -> None:
         self.hook("delete", key)
-        super().delete(key)
+        super().delete(key, **how)
 
 
 def failing(kind: type[BaseException], operation: str = "put", matching: str = ".pt.zst") -> Callable[[str, str], None]:

@@ -67,7 +67,7 @@ class Place:
         Raises:
             StoreError: The store did not answer, or refused.
         """
-        return self._call(lambda _: self.store.list(), "list", self.retry.first_contact_s)
+        return self._call(lambda timeout_s: self.store.list(timeout_s=timeout_s), "list", self.retry.first_contact_s)
 
     def get(self, key: str, *, max_bytes: int) -> Blob:
         """Return one whole object.

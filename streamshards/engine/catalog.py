@@ -18,6 +18,9 @@ the shards are put                    the old dataset, or none       orphaned sh
 the old part is deleted               the new dataset                nothing
 ====================================  =============================  ===============================================
 
+An index that does not hold (its fingerprint covers all that decides what is read) is fetched anew, for a bit may have
+flipped on the wire; the same bytes twice are what the store has.
+
 A reader that holds the old pointer when the old part goes looks again. An ``index.json.zst`` that somebody made by hand
 (``zstd --rm index.json``) is read where there is no ``index.json``, and goes when a writer commits.
 
@@ -36,7 +39,7 @@ from dataclasses import dataclass
 from typing import Final, TypeVar
 
 from streamshards.clock import Clock
-from streamshards.engine.retry import with_retries
+from streamshards.engine.retry import Cancelled, circuit_of, with_retries
 from streamshards.errors import (
     IndexInvalid,
     ObjectExists,
@@ -50,7 +53,8 @@ from streamshards.events import FetchRetried, logger
 from streamshards.options import MiB, RetryOptions
 from streamshards.plan.index import FORMAT, MAX_INDEX_BYTES, VERSION, Index
 from streamshards.shard.frames import deflate, inflate
-from streamshards.storage.store import Store
+from streamshards.shard.payload import digest_of
+from streamshards.storage.store import Patience, Store
 
 INDEX_KEY: Final = "index.json"
 HAND_MADE_KEY: Final = "index.json.zst"
@@ -59,6 +63,7 @@ PLAIN_BYTES: Final = 4 * MiB
 _POINTER_BYTES: Final = 4096
 _PART: Final = re.compile(r"index-([0-9a-f]{32})\.json\.zst")
 _OWN_SHARD: Final = re.compile(r"[0-9a-f]{12}-\d{6,}\.pt\.zst")
+_PT_FILE: Final = re.compile(r"\.(pt|pth)(\.zst|\.gz)?$")
 _MAX_LOOKS: Final = 5
 """A dataset is not replaced more often than this between two requests of one reader."""
 
@@ -97,14 +102,34 @@ class Catalog:
         """Return the current index, or None where there is none. One request when it is small, else two.
 
         Raises:
-            IndexInvalid: It is damaged, hostile, from a newer version, or its part is gone.
+            IndexInvalid: It is damaged, hostile, from a newer version, or its part is gone: in ``corrupt_attempts``
+                fetches, or twice with the same bytes.
             StoreError: The store did not give it.
         """
+        seen_before: dict[str, str | None] = {}
+        attempt = 1
+        while True:
+            seen: dict[str, str | None] = {}
+            try:
+                return self._find_once(seen)
+            except IndexInvalid as error:
+                if attempt >= self.retry.corrupt_attempts or seen == seen_before:
+                    raise
+                cause = str(error)
+            wait_s = self.clock.jitter(self.retry.base_s)
+            self.on_retry(FetchRetried(self._url(INDEX_KEY), attempt, wait_s, cause))
+            if self.clock.wait(self.cancelled, wait_s):
+                raise Cancelled(self._url(INDEX_KEY))
+            seen_before = seen
+            attempt += 1
+
+    def _find_once(self, seen: dict[str, str | None]) -> Found | None:
+        """Return the current index; put the digest of each object that was looked at into *seen*."""
         missing = None
         for _ in range(_MAX_LOOKS):
-            data = self._get(INDEX_KEY)
+            data = self._get(INDEX_KEY, seen)
             if data is None:
-                hand_made = self._get(HAND_MADE_KEY)
+                hand_made = self._get(HAND_MADE_KEY, seen)
                 if hand_made is not None:
                     return Found(self._unpack(HAND_MADE_KEY, hand_made), HAND_MADE_KEY)
                 if missing == INDEX_KEY:
@@ -114,7 +139,7 @@ class Catalog:
             part = self._part_named_by(data)
             if part is None:
                 return Found(Index.parse(data, url=self._url(INDEX_KEY)), None)
-            packed = self._get(part)
+            packed = self._get(part, seen)
             if packed is not None:
                 return Found(self._unpack(part, packed), part)
             if missing == part:
@@ -155,7 +180,12 @@ class Catalog:
     def describe_place(self) -> str:
         """Return what is at the url instead of an index, and the command that makes a dataset."""
         url = self.store.url
-        sizes = self._call(lambda _: self.store.list(), "list")
+        folder, _, last = url.rpartition("/")
+        if last in (INDEX_KEY, HAND_MADE_KEY) or _PART.fullmatch(last):
+            return f"{url}: this is the index of a dataset; pass the folder that it lies in: {folder}"
+        if _PT_FILE.search(last):
+            return f"{url}: this is a single file of a dataset; pass the folder that its index lies in: {folder}"
+        sizes = self._call(lambda timeout_s: self.store.list(timeout_s=timeout_s), "list")
         names = [name for name, _ in sizes]
         if not names:
             return f"{url}: no dataset: empty, or it does not exist; make one with: streamshards pack SRC {url}"
@@ -169,7 +199,7 @@ class Catalog:
                 f"{url}: no index, but {_counted(own, 'shard')} of a writer that is still at work or was killed; "
                 f"wait for it, or pack again: streamshards pack SRC {url}"
             )
-        files = [name for name in names if re.search(r"\.(pt|pth)(\.zst|\.gz)?$", name)]
+        files = [name for name in names if _PT_FILE.search(name)]
         if files:
             return (
                 f"{url}: no dataset, but {_counted(files, '.pt file')}; use them in place: streamshards index {url} - "
@@ -254,30 +284,37 @@ class Catalog:
             raise IndexInvalid(f"{self._url(key)}: its name promises another fingerprint than {index.fingerprint}")
         return index
 
-    def _get(self, key: str) -> bytes | None:
+    def _get(self, key: str, seen: dict[str, str | None]) -> bytes | None:
+        seen[key] = None
         try:
-            return bytes(self._call(lambda s: self.store.get(key, timeout_s=s, max_bytes=MAX_INDEX_BYTES), key))
+            data = bytes(self._call(lambda s: self.store.get(key, timeout_s=s, max_bytes=MAX_INDEX_BYTES), key))
         except ObjectMissing:
             return None
+        seen[key] = digest_of(data)
+        return data
 
     def _put(self, key: str, data: bytes, *, if_absent: bool) -> None:
         self._call(lambda s: self.store.put(key, data, timeout_s=s, if_absent=if_absent), key)
 
     def _delete(self, key: str) -> None:
         try:
-            self.store.delete(key)
+            # What it cleans up after is done: that need not wait for as long as a shard.
+            self._call(
+                lambda s: self.store.delete(key, timeout_s=s), key, min(self.deadline_s, self.retry.first_contact_s)
+            )
         except StoreError as error:
             logger.warning("%s: no longer needed, but not deleted: %s", self._url(key), error)
 
-    def _call(self, action: Callable[[float], T], key: str) -> T:
+    def _call(self, action: Callable[[Patience], T], key: str, deadline_s: float | None = None) -> T:
         return with_retries(
             action,
             what=self._url(key),
             options=self.retry,
-            deadline_s=self.deadline_s,
+            deadline_s=self.deadline_s if deadline_s is None else deadline_s,
             clock=self.clock,
             cancelled=self.cancelled,
             on_retry=self.on_retry,
+            circuit=circuit_of(self.store, self.clock),
         )
 
     def _url(self, key: str) -> str:

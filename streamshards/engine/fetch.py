@@ -8,8 +8,10 @@ wrong length, digest or structure     corrupt      fetched anew, ``corrupt_attem
 no such object                        missing      looked for once more after a second; then ShardMissing
 401, 403, expired token               denied       AccessDenied at once (expired: credentials are read anew once)
 bad, and no longer in the index       replaced     DatasetReplaced at once; never skipped
+missing, and so is the index          gone         StoreError at once; never skipped
 ====================================  ===========  ==================================================================
 
+With ``hedge_s``: a shard that takes longer is asked for a second time, within the budget of ``engine/retry.py``.
 With a node cache: a shard that is there, and is right, is not fetched; one that is fetched is put there.
 """
 
@@ -17,13 +19,14 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Final
 
 from streamshards.clock import Clock
 from streamshards.engine.cache import NodeCache
 from streamshards.engine.cachefolder import Identity
-from streamshards.engine.catalog import Catalog
-from streamshards.engine.retry import Cancelled, Circuit, with_retries
+from streamshards.engine.catalog import INDEX_KEY, Catalog
+from streamshards.engine.retry import Cancelled, circuit_of, with_retries
 from streamshards.errors import (
     DatasetReplaced,
     IndexInvalid,
@@ -33,8 +36,9 @@ from streamshards.errors import (
     ShardCorrupt,
     ShardMissing,
     StoreError,
+    StreamShardsError,
 )
-from streamshards.events import Counters, Event, FetchRetried
+from streamshards.events import Counters, Event, FetchHedged, FetchRetried
 from streamshards.options import RetryOptions
 from streamshards.plan.index import Index
 from streamshards.shard.frames import FrameReader
@@ -43,10 +47,44 @@ from streamshards.shard.payload import FramedShard, PayloadShard, digest_of
 from streamshards.shard.raw import BackedPayload, RawFile
 from streamshards.shard.reader import LoadedShard, ShardReader
 from streamshards.shard.schema import Schema
-from streamshards.storage.store import Blob, Store
+from streamshards.storage.store import Blob, Hedge, Patience, Store
 
 _MISSING_RECHECK_S: Final = 1.0
 """A store that lists before it serves catches up within this; a shard that is really gone costs one second."""
+
+
+@dataclass(frozen=True, slots=True)
+class Progress:
+    """How the fetch of a shard goes, as ``ReadSlow`` tells it."""
+
+    attempt: int = 0
+    """The last request that was made, from 1; 0: none yet."""
+    doing: str = ""
+    """What is happening now."""
+    cause: str = ""
+    """Why the last failed attempt failed; empty if none did."""
+
+
+@dataclass(slots=True)
+class _Fetch:
+    """A fetch under way. One thread writes it; who reads it may see a mixture of two moments, which is good enough."""
+
+    attempt: int = 0
+    asked_at_s: float | None = None
+    """Since when an answer is waited for."""
+    not_before_s: float = 0.0
+    """Until when the next attempt waits."""
+    has_arrived: bool = False
+    cause: str = ""
+
+    def describe(self, now_s: float) -> str:
+        if self.asked_at_s is not None:
+            return f"asked {now_s - self.asked_at_s:.0f} s ago"
+        if self.has_arrived:
+            return "being verified"
+        if self.not_before_s > now_s:
+            return f"next in {self.not_before_s - now_s:.0f} s"
+        return "waiting for the store to answer others"
 
 
 class Fetcher:
@@ -88,8 +126,9 @@ class Fetcher:
         self._counters = counters
         self._emit = emit
         self._trust_pickle = trust_pickle
-        self._circuit = Circuit(clock)
+        self._circuit = circuit_of(store, clock)
         self._cache = cache
+        self._under_way: dict[int, _Fetch] = {}
         # Not the errors themselves: their tracebacks would keep the shards' bytes.
         self._bad: dict[int, tuple[type[ShardCorrupt | ShardMissing], str]] = {}
 
@@ -106,6 +145,7 @@ class Fetcher:
             StoreUnavailable: The store failed for ``deadline_s``.
             AccessDenied: The store refused us.
             DatasetReplaced: It is corrupt or missing because another dataset has taken the place of this one.
+            StoreError: It is missing, and so is the index: the dataset was deleted.
             Cancelled: The owner gave up.
         """
         known = self._bad.get(shard)
@@ -118,18 +158,24 @@ class Fetcher:
             lost = error
         # After the handler: an error inside it would have this one, and so the shard's bytes, as its context.
         try:
-            replacement = self._replacement(shard)
-            if replacement is not None:
-                raise DatasetReplaced(f"{replacement} ({lost})") from lost
+            changed = self._change_behind(shard, is_missing=isinstance(lost, ShardMissing))
+            if changed is not None:
+                raise type(changed)(f"{changed} ({lost})") from lost
             self._bad[shard] = (type(lost), str(lost))
             raise lost
         finally:
             del lost
 
-    def _replacement(self, shard: int) -> str | None:
-        """Return what to say if the index in the store no longer has this shard; then others are gone, too.
+    def progress(self, shard: int) -> Progress | None:
+        """Return how the fetch of shard number *shard* from the store goes; None if there is none."""
+        fetch = self._under_way.get(shard)
+        return None if fetch is None else Progress(fetch.attempt, fetch.describe(self._clock.now()), fetch.cause)
 
-        Looks at the first loss and each time their number has doubled: a large index is not read for each of many.
+    def _change_behind(self, shard: int, *, is_missing: bool) -> StreamShardsError | None:
+        """Return what to raise if the index in the store no longer has this shard, or is no longer there at all.
+
+        Then others are gone, too. Looks at the first loss and each time their number has doubled: a large index is not
+        read for each of many. Is not given the loss itself: a frame that outlives the look would keep its bytes.
         """
         losses = len(self._bad) + 1
         if losses & (losses - 1):
@@ -140,13 +186,21 @@ class Fetcher:
             found = catalog.find()
         except (IndexInvalid, StoreError):
             return None  # then nothing is known but that the shard is bad
-        if found is None or found.index.fingerprint == self._index.fingerprint:
+        url = self.url_of(shard)
+        if found is None:
+            if not is_missing:
+                return None
+            return StoreError(
+                f"{url}: the dataset is gone: {INDEX_KEY} is no longer there, nor is this shard; somebody deleted "
+                f"{self._store.url} while it was read; put it back, and resume"
+            )
+        if found.index.fingerprint == self._index.fingerprint:
             return None
         name, now = self._index.names[shard], found.index
         if name in now.names and now.digests[now.names.index(name)] == self._index.digests[shard]:
             return None  # appended to
-        return (
-            f"{self.url_of(shard)}: the dataset was replaced while it was read: opened with fingerprint "
+        return DatasetReplaced(
+            f"{url}: the dataset was replaced while it was read: opened with fingerprint "
             f"{self._index.fingerprint}, now {now.fingerprint} with {now.num_samples:,} samples; open it anew, at the "
             "beginning of an epoch"
         )
@@ -200,6 +254,13 @@ class Fetcher:
         return reader
 
     def _fetch(self, shard: int, cache: NodeCache | None = None) -> ShardReader:
+        self._under_way[shard] = _Fetch()
+        try:
+            return self._fetch_until_right(shard, cache)
+        finally:
+            self._under_way.pop(shard, None)
+
+    def _fetch_until_right(self, shard: int, cache: NodeCache | None) -> ShardReader:
         attempt = 1
         while True:
             try:
@@ -210,7 +271,7 @@ class Fetcher:
                 cause = str(error)
             # After the handler, when neither the error nor its traceback keeps the wrong bytes any more.
             wait_s = self._clock.jitter(self._retry.base_s)
-            self._emit(FetchRetried(self.url_of(shard), attempt, wait_s, cause))
+            self._tell_retry(shard, FetchRetried(self.url_of(shard), attempt, wait_s, cause))
             if self._clock.wait(self._cancelled, wait_s):
                 raise Cancelled
             attempt += 1
@@ -233,7 +294,7 @@ class Fetcher:
         try:
             return self._get_with_retries(shard)
         except ObjectMissing as error:
-            self._emit(FetchRetried(self.url_of(shard), 1, _MISSING_RECHECK_S, str(error)))
+            self._tell_retry(shard, FetchRetried(self.url_of(shard), 1, _MISSING_RECHECK_S, str(error)))
         if self._clock.wait(self._cancelled, _MISSING_RECHECK_S):
             raise Cancelled
         try:
@@ -245,20 +306,49 @@ class Fetcher:
             ) from error
 
     def _get_with_retries(self, shard: int) -> Blob:
-        name, promised = self._index.names[shard], int(self._index.sizes[shard])
+        promised = int(self._index.sizes[shard])
+        self._circuit.read()
         try:
             return with_retries(
-                lambda timeout_s: self._store.get(name, timeout_s=timeout_s, max_bytes=promised),
+                lambda patience: self._ask(shard, patience),
                 what=self.url_of(shard),
                 options=self._retry,
                 deadline_s=self._retry.deadline_s,
                 clock=self._clock,
                 cancelled=self._cancelled,
-                on_retry=self._emit,
+                on_retry=lambda event: self._tell_retry(shard, event),
                 circuit=self._circuit,
             )
         except ObjectTooLarge as error:
             raise ShardCorrupt(f"{self.url_of(shard)}: {promised:,} bytes promised by the index; {error}") from error
+
+    def _ask(self, shard: int, patience: Patience) -> Blob:
+        """Make one attempt, which may be two requests."""
+        fetch = self._fetch_of(shard)
+        fetch.attempt += 1
+        fetch.asked_at_s = self._clock.now()
+        after_s = self._retry.hedge_s
+        hedge = None if after_s is None else Hedge(after_s, self._circuit.may_hedge)
+        name, promised = self._index.names[shard], int(self._index.sizes[shard])
+        try:
+            data = self._store.get(name, timeout_s=patience.hedged(hedge), max_bytes=promised)
+            fetch.has_arrived = True
+            return data
+        finally:
+            fetch.asked_at_s = None
+            if hedge is not None and hedge.is_asked:
+                self._emit(FetchHedged(self.url_of(shard), hedge.after_s, hedge.is_won))
+
+    def _tell_retry(self, shard: int, event: FetchRetried) -> None:
+        fetch = self._fetch_of(shard)
+        fetch.has_arrived = False
+        fetch.not_before_s = self._clock.now() + event.wait_s
+        fetch.cause = event.cause.removeprefix(f"{event.url}: ")
+        self._emit(event)
+
+    def _fetch_of(self, shard: int) -> _Fetch:
+        """Return what is noted of the fetch of *shard*; two threads that fetch one shard at once share it."""
+        return self._under_way.setdefault(shard, _Fetch())
 
     def _open(self, shard: int, data: Blob) -> ShardReader:
         url, promised = self.url_of(shard), int(self._index.sizes[shard])

@@ -29,6 +29,7 @@ from streamshards.engine.blocks import (
     refill_from,
     span_of,
 )
+from streamshards.engine.fetch import Progress
 from streamshards.engine.labels import NO_LABELS, Labels
 from streamshards.engine.retry import Cancelled
 from streamshards.engine.source import Source
@@ -197,6 +198,18 @@ class BlockLoader:
         if missing:
             return f"{names[missing[0]]} ({len(missing)} of {len(block.pieces)} shards of {where})"
         return f"{where} to be decoded"
+
+    def progress(self, visit: Visit) -> Progress | None:
+        """Return how the fetch goes that *visit* waits for first; None if it waits for something else."""
+        with self._changed:
+            load = self._loads.get(visit)
+            if load is None or load.is_done:
+                return None
+            missing = [p.shard for p, opened in zip(visit.block.pieces, load.opened, strict=True) if opened is None]
+        if not missing:
+            return None
+        found = self._sources[visit.source].fetcher.progress(missing[0])
+        return found or Progress(doing="no request yet")
 
     @property
     def peak_bytes(self) -> int:

@@ -24,6 +24,7 @@ import torch
 
 from streamshards.clock import Clock
 from streamshards.engine.blocks import LoadedBlock
+from streamshards.engine.fetch import Progress
 from streamshards.engine.gather import BatchBuilder
 from streamshards.engine.labels import NO_LABELS, Labels
 from streamshards.engine.loading import BlockLoader
@@ -175,8 +176,11 @@ class BatchStream(Generic[T]):
 
     def _report_slow(self, waited_s: float) -> None:
         visit = self._waiting_for
-        waiting_for = "the batch to be assembled" if visit is None else self._loader.describe(visit)
-        self._emit(ReadSlow(self._url, waited_s, waiting_for))
+        if visit is None:
+            self._emit(ReadSlow(self._url, waited_s, "the batch to be assembled"))
+            return
+        now = self._loader.progress(visit) or Progress()
+        self._emit(ReadSlow(self._url, waited_s, self._loader.describe(visit), now.attempt, now.doing, now.cause))
 
     # -- the assembling thread -------------------------------------------------------------------------------------
 

@@ -2,43 +2,62 @@
 
 tenacity decides and loops; time, waiting and chance come from the caller's clock. Source of the backoff: M. Brooker,
 "Exponential Backoff And Jitter" (AWS Architecture Blog, 2015), "full jitter".
+
+All readers of one process that ask the same server share one ``Circuit``: a dying server sees one probe at a time from
+a process, and the waits between probes double, however many datasets, threads and shards want something of it.
 """
 
 from __future__ import annotations
 
+import os
 import threading
-from collections.abc import Callable
+import weakref
+from collections.abc import Callable, Hashable
 from typing import Final, NoReturn, TypeVar
 
 from tenacity import RetryCallState, Retrying, retry_if_exception
 
-from streamshards.clock import Clock
+from streamshards.clock import Clock, SystemClock
 from streamshards.errors import StoreUnavailable, StreamShardsError
 from streamshards.events import FetchRetried
 from streamshards.options import RetryOptions
-from streamshards.storage.store import Patience
+from streamshards.storage.store import Patience, Store, site_of
 
 T = TypeVar("T")
 
 
 _OPENS_AFTER: Final = 16
 """Failures in a row, of all threads together: each of the default's 8 may meet a burst twice before it counts."""
+_HEDGED_SHARE: Final = 0.05
+"""Second requests for each first one, at most."""
+_MAX_SAVED_HEDGES: Final = 8.0
+"""Second requests that may follow each other at once: a server that slows down altogether must not see all doubled."""
 
 
 class Circuit:
-    """Whether a store answers at all, as the threads of one reader see it together.
+    """Whether a server answers at all, as all threads of this process that ask it see it together.
 
-    Closed, at first: everyone may ask. Open, after 16 failures in a row: one asks at a time, and not before the wait of
-    the one before is over, so a dying store sees one client with exponential backoff instead of one for each thread.
-    Any answer, also "no such object", closes it.
+    Closed, at first: everyone may ask. Open, after 16 failures in a row: one probes at a time, and not before the wait
+    after the probe before is over. That wait doubles from probe to probe, whoever probes, so a dying server sees one
+    client with exponential backoff instead of one for each thread. Any answer, also "no such object", closes it.
+
+    It also keeps the budget of second requests (``RetryOptions.hedge_s``): one for each twenty reads, saved up to
+    eight, and none while the server fails.
+
+    Args:
+        clock: Time.
+        owner: Kept as long as the circuit is.
     """
 
-    def __init__(self, clock: Clock) -> None:
+    def __init__(self, clock: Clock, owner: object = None) -> None:
         self._clock = clock
+        self._owner = owner
         self._lock = threading.Lock()
         self._failures = 0
-        self._is_probing = False
+        self._probes = 0
+        self._prober: int | None = None
         self._not_before = 0.0
+        self._saved_hedges = 0.0
 
     def claim(self, limit_s: float) -> float:
         """Return 0 if the caller may ask now, else after how many seconds, at most about *limit_s*, to claim again."""
@@ -46,28 +65,79 @@ class Circuit:
             if self._failures < _OPENS_AFTER:
                 return 0.0
             early_s = self._not_before - self._clock.now()
-            if early_s <= 0 and not self._is_probing:
-                self._is_probing = True
+            if early_s <= 0 and self._prober is None:
+                self._prober = threading.get_ident()
                 return 0.0
         return early_s if early_s > 0 else max(self._clock.jitter(limit_s), limit_s / 8)
 
     def answered(self) -> None:
-        """The store answered."""
+        """The server answered."""
         with self._lock:
-            self._failures = 0
-            self._is_probing = False
+            self._failures = self._probes = 0
+            self._prober = None
 
-    def failed(self, wait_s: float) -> None:
-        """It did not; the caller will wait so long."""
+    def failed(self, wait_s: float, options: RetryOptions) -> None:
+        """It did not; the caller will wait *wait_s*, and whoever probes next at least as long."""
         with self._lock:
             self._failures += 1
-            self._is_probing = False
-            self._not_before = self._clock.now() + wait_s
+            if self._is_mine():
+                self._prober = None
+                self._probes += 1
+                wait_s = max(wait_s, self._clock.jitter(backoff_limit_s(self._probes, options)))
+            # Requests that were under way when it opened fail later, and must not call the next probe forward.
+            self._not_before = max(self._not_before, self._clock.now() + wait_s)
 
     def left(self) -> None:
         """The caller went without having learnt anything."""
         with self._lock:
-            self._is_probing = False
+            if self._is_mine():
+                self._prober = None
+
+    def read(self) -> None:
+        """A shard was asked for: that earns a twentieth of a second request."""
+        with self._lock:
+            self._saved_hedges = min(_MAX_SAVED_HEDGES, self._saved_hedges + _HEDGED_SHARE)
+
+    def may_hedge(self) -> bool:
+        """Return whether a second request may be made now, and take it off the budget."""
+        with self._lock:
+            if self._failures or self._saved_hedges < 1.0:
+                return False
+            self._saved_hedges -= 1.0
+            return True
+
+    def _is_mine(self) -> bool:
+        """Whether the calling thread is the one that probes."""
+        return self._prober == threading.get_ident()
+
+
+_circuits: weakref.WeakValueDictionary[Hashable, Circuit] = weakref.WeakValueDictionary()
+_finding = threading.Lock()
+
+
+def _after_fork() -> None:
+    """Begin anew in the child: a thread of the parent may have held a lock, or be the one that probes."""
+    global _circuits, _finding
+    _circuits, _finding = weakref.WeakValueDictionary(), threading.Lock()
+
+
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=_after_fork)
+
+
+def circuit_of(store: Store, clock: Clock) -> Circuit:
+    """Return what this process knows about the server behind *store*: one object as long as anyone has it.
+
+    A store that does not say which server it asks (a local disk, a fake) has a circuit of its own.
+    """
+    site = site_of(store)
+    time = "system" if isinstance(clock, SystemClock) else id(clock)
+    key = (id(store) if site is None else site, time)
+    with _finding:
+        circuit = _circuits.get(key)
+        if circuit is None:
+            circuit = _circuits[key] = Circuit(clock, owner=store if site is None else None)
+        return circuit
 
 
 class Cancelled(Exception):
@@ -75,7 +145,7 @@ class Cancelled(Exception):
 
 
 def with_retries(
-    action: Callable[[float], T],
+    action: Callable[[Patience], T],
     *,
     what: str,
     options: RetryOptions,
@@ -96,7 +166,7 @@ def with_retries(
         deadline_s: Seconds from now. No attempt begins later; when the next wait would end later, we give up.
         clock: Tells the time, waits and draws.
         cancelled: Ends a wait at once.
-        circuit: Shared with the other threads that ask the same store; None: nobody else asks.
+        circuit: Of the store that is asked (``circuit_of``); None: nobody else asks it.
         on_retry: Told of every failed attempt that will be followed by another, before the wait.
 
     Raises:
@@ -142,7 +212,7 @@ def with_retries(
         return clock.now() + state.upcoming_sleep >= started + deadline_s
 
     def report(state: RetryCallState) -> None:
-        shared.failed(state.upcoming_sleep)
+        shared.failed(state.upcoming_sleep, options)
         on_retry(FetchRetried(what, state.attempt_number, state.upcoming_sleep, str(_failure(state))))
 
     def sleep(seconds: float) -> None:
@@ -150,7 +220,7 @@ def with_retries(
             raise Cancelled(what)
 
     def give_up(state: RetryCallState) -> NoReturn:
-        shared.failed(0.0)
+        shared.failed(0.0, options)
         last = _failure(state)
         raise StoreUnavailable(
             f"{what}: gave up after {state.attempt_number} attempts in {clock.now() - started:.1f} s "

@@ -13,6 +13,7 @@ import os
 import threading
 from collections.abc import Awaitable, Callable, Iterator, Mapping
 from typing import Any, Final, TypeVar
+from urllib.parse import urlsplit
 
 import fsspec
 import fsspec.asyn
@@ -21,8 +22,8 @@ import fsspec.core
 from streamshards.errors import ObjectExists, ObjectTooLarge, OptionInvalid, StoreUnavailable, StreamShardsError
 from streamshards.events import logger
 from streamshards.storage.location import parse_url
-from streamshards.storage.s3 import get_object, put_object, s3_options
-from streamshards.storage.store import Blob, Patience, check_key
+from streamshards.storage.s3 import delete_object, get_object, list_objects, put_object, s3_options
+from streamshards.storage.store import TIMEOUT_S, Blob, Patience, check_key
 from streamshards.storage.translate import is_expired, translated
 
 T = TypeVar("T")
@@ -62,7 +63,8 @@ class FsspecStore:
     On S3, a get and a put are one request each - two if the server says that the credentials have expired, and they
     come from the environment, a profile, a file or a process: those are then read anew, once. On other filesystems a
     put is as atomic as their ``pipe_file``: on object stores and in memory it is; for SFTP and the like readers may see
-    a part of a file being written.
+    a part of a file being written, and as these don't use asyncio, no request to them can be abandoned: their own
+    timeouts hold.
     """
 
     def __init__(self, url: str | os.PathLike[str], storage_options: Mapping[str, Any] | None = None) -> None:
@@ -78,6 +80,13 @@ class FsspecStore:
 
     def __getstate__(self) -> dict[str, Any]:
         return self.__dict__ | {"_opened": None}
+
+    @property
+    def site(self) -> str:
+        """The server that is asked: the endpoint that was named; else protocol and bucket or host."""
+        client = self._options.get("client_kwargs")
+        named = self._options.get("endpoint_url") or (isinstance(client, Mapping) and client.get("endpoint_url"))
+        return str(named) if named else f"{self._location.protocol}://{urlsplit(self.url).netloc}"
 
     def get(self, key: str, *, timeout_s: float, max_bytes: int) -> Blob:
         check_key(key)
@@ -102,22 +111,29 @@ class FsspecStore:
             else:
                 self._call(fs, "pipe_file", path, whole, mode="create", timeout_s=timeout_s)
 
-    def delete(self, key: str) -> None:
+    def delete(self, key: str, *, timeout_s: float = TIMEOUT_S) -> None:
         check_key(key)
         with self._translating(key, "delete"), contextlib.suppress(FileNotFoundError):
             fs, path = self._resolve(key)
-            fs.rm_file(path)
+            if self._location.is_s3:
+                self._ask_s3(key, delete_object, timeout_s=timeout_s)
+            else:
+                self._call(fs, "rm_file", path, timeout_s=timeout_s)
 
-    def list(self, prefix: str = "") -> list[tuple[str, int]]:
+    def list(self, prefix: str = "", *, timeout_s: float = TIMEOUT_S) -> list[tuple[str, int]]:
         folder = prefix.rpartition("/")[0]
         if folder:
             check_key(folder)
         with self._translating(prefix, "list"):
             fs, root = self._filesystem()
+            if self._location.is_s3:
+                found = self._ask_s3(prefix, list_objects, page_timeout_s=timeout_s, timeout_s=None)
+                first = len(f"{root}/".partition("/")[2])  # letters of a key before ours begins
+                return sorted((key[first:], size) for key, size in found if not key.endswith("/"))
             top = f"{root}/{folder}" if folder else root
             fs.invalidate_cache()
-            found = fs.find(top, detail=True)
-        keys = ((name[len(root) + 1 :], info) for name, info in found.items() if name.startswith(f"{root}/"))
+            files = self._call(fs, "find", top, detail=True, timeout_s=timeout_s)
+        keys = ((name[len(root) + 1 :], info) for name, info in files.items() if name.startswith(f"{root}/"))
         return sorted(
             (key, int(info["size"] or 0))
             for key, info in keys
@@ -141,12 +157,23 @@ class FsspecStore:
             return self._run(fs, getattr(fs, f"_{method}"), *args, timeout_s=timeout_s, **kwargs)
         return getattr(fs, method)(*args, **kwargs)
 
-    def _run(self, fs: Any, action: Callable[..., Awaitable[T]], *args: Any, timeout_s: float, **kwargs: Any) -> T:
-        """Run a coroutine on the filesystem's loop and return its result, or raise ``FSTimeoutError``."""
-        result: T = fsspec.asyn.sync(fs.loop, action, *args, timeout=timeout_s, **kwargs)
+    def _run(
+        self, fs: Any, action: Callable[..., Awaitable[T]], *args: Any, timeout_s: float | None, **kwargs: Any
+    ) -> T:
+        """Run a coroutine on the filesystem's loop and return its result.
+
+        Raises:
+            TimeoutError: It took longer than *timeout_s* and was called off; the text says so.
+        """
+        try:
+            result: T = fsspec.asyn.sync(fs.loop, action, *args, timeout=timeout_s, **kwargs)
+        except fsspec.FSTimeoutError as error:
+            raise TimeoutError(f"timed out after {timeout_s:g} s") from error
         return result
 
-    def _ask_s3(self, key: str, action: Callable[..., Awaitable[T]], *args: Any, timeout_s: float, **kwargs: Any) -> T:
+    def _ask_s3(
+        self, key: str, action: Callable[..., Awaitable[T]], *args: Any, timeout_s: float | None, **kwargs: Any
+    ) -> T:
         """Make one request; once more, with credentials read anew, if the server says that they have expired."""
         fs, path = self._resolve(key)
         try:

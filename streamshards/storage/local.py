@@ -14,7 +14,7 @@ from typing import Final
 from streamshards.errors import ObjectMissing, ObjectTooLarge
 from streamshards.memory import LARGE_BYTES, map_memory
 from streamshards.storage.location import parse_url
-from streamshards.storage.store import Blob, check_key
+from streamshards.storage.store import TIMEOUT_S, Blob, check_key
 from streamshards.storage.translate import translated
 
 _UNFINISHED_PREFIX: Final = ".streamshards-"
@@ -61,12 +61,12 @@ class LocalStore:
                     os.replace(temporary, path)
             _sync_folder(path.parent)
 
-    def delete(self, key: str) -> None:
+    def delete(self, key: str, *, timeout_s: float = TIMEOUT_S) -> None:  # noqa: ARG002 - see the class
         path = self._path(key)
         with self._translating(key, "delete"), contextlib.suppress(NotADirectoryError):
             path.unlink(missing_ok=True)
 
-    def list(self, prefix: str = "") -> list[tuple[str, int]]:
+    def list(self, prefix: str = "", *, timeout_s: float = TIMEOUT_S) -> list[tuple[str, int]]:  # noqa: ARG002 - see the class
         folder = prefix.rpartition("/")[0]
         if folder:
             check_key(folder)

@@ -8,14 +8,14 @@ from __future__ import annotations
 
 import asyncio
 import inspect
-from collections.abc import Mapping
+from collections.abc import Callable, Coroutine, Mapping
 from typing import Any, Final, TypeVar
 from urllib.parse import urlsplit
 
-from streamshards.errors import ObjectExists, ObjectTooLarge, StoreUnavailable
+from streamshards.errors import ObjectExists, ObjectTooLarge, StoreError, StoreUnavailable
 from streamshards.memory import LARGE_BYTES, map_memory
 from streamshards.options import MiB
-from streamshards.storage.store import Blob, Patience
+from streamshards.storage.store import Blob, Hedge, Patience
 from streamshards.storage.translate import RedirectRefused
 
 T = TypeVar("T")
@@ -55,7 +55,7 @@ def _config_defaults() -> dict[str, Any]:
 
 
 async def get_object(fs: Any, path: str, *, max_bytes: int, patience: Patience) -> Blob:
-    """Return a whole object with one GET; its length is checked before its bytes are taken.
+    """Return a whole object with one GET, or two if *patience* says so; the length is checked before bytes are taken.
 
     Args:
         fs: The ``s3fs.S3FileSystem``, on whose loop this runs.
@@ -63,6 +63,38 @@ async def get_object(fs: Any, path: str, *, max_bytes: int, patience: Patience) 
         max_bytes: More is ``ObjectTooLarge``.
         patience: No byte for ``stall_s``, or fewer than ``min_bytes_per_s`` over as long, is ``StoreUnavailable``.
     """
+
+    def ask() -> Coroutine[Any, Any, Blob]:
+        return _get_once(fs, path, max_bytes=max_bytes, patience=patience)
+
+    return await (ask() if patience.hedge is None else _first_of_two(ask, patience.hedge))
+
+
+async def _first_of_two(ask: Callable[[], Coroutine[Any, Any, Blob]], hedge: Hedge) -> Blob:
+    """Return what the first of two requests brings; the second is made after ``hedge.after_s``, if it may be.
+
+    One that fails leaves the other its chance; if both fail, the first one's error is raised.
+    """
+    requests = [asyncio.ensure_future(ask())]
+    try:
+        await asyncio.wait(requests, timeout=hedge.after_s)
+        if not requests[0].done() and hedge.begin():
+            requests.append(asyncio.ensure_future(ask()))
+        pending = set(requests)
+        while pending:
+            done, pending = await asyncio.wait(pending, return_when=asyncio.FIRST_COMPLETED)
+            for request in done:
+                if not request.cancelled() and request.exception() is None:
+                    hedge.is_won = request is not requests[0]
+                    return request.result()
+        return requests[0].result()
+    finally:
+        for request in requests:
+            request.cancel()
+            request.add_done_callback(_look_at)
+
+
+async def _get_once(fs: Any, path: str, *, max_bytes: int, patience: Patience) -> Blob:
     request = asyncio.ensure_future(_request(fs, path, max_bytes=max_bytes))
     body, memory = await _finished(request, path, patience)
     arriving = _Arriving(body, memory)
@@ -145,6 +177,40 @@ async def put_object(fs: Any, path: str, data: bytes, *, if_absent: bool) -> Non
         raise ObjectExists(f"s3://{path}: put refused: the object exists; read it, or choose another key")
     condition = {"IfNoneMatch": "*"} if if_absent else {}
     await fs._call_s3("put_object", Bucket=bucket, Key=key, Body=data, **condition)
+
+
+async def delete_object(fs: Any, path: str) -> None:
+    """Remove an object with one DELETE."""
+    bucket, _, key = path.partition("/")
+    await fs._call_s3("delete_object", Bucket=bucket, Key=key)
+
+
+async def list_objects(fs: Any, path: str, *, page_timeout_s: float) -> list[tuple[str, int]]:
+    """Return ``(key within the bucket, size)`` of every object whose ``bucket/key`` begins with *path*.
+
+    Args:
+        fs: The ``s3fs.S3FileSystem``, on whose loop this runs.
+        path: ``bucket/prefix``.
+        page_timeout_s: For each page; one that takes longer is ``StoreUnavailable``.
+    """
+    bucket, _, prefix = path.partition("/")
+    found: list[tuple[str, int]] = []
+    more: dict[str, str] = {}
+    while True:
+        request = fs._call_s3("list_objects_v2", Bucket=bucket, Prefix=prefix, **more)
+        try:
+            answer = await asyncio.wait_for(request, page_timeout_s)
+        except asyncio.TimeoutError as error:
+            raise StoreUnavailable(
+                f"s3://{path}: list failed: no answer in {page_timeout_s:g} s, after {len(found):,} objects; try again"
+            ) from error
+        found += [(item["Key"], int(item["Size"])) for item in answer.get("Contents", ())]
+        token = answer.get("NextContinuationToken")
+        if not answer.get("IsTruncated") or not token:
+            return found
+        if token == more.get("ContinuationToken"):
+            raise StoreError(f"s3://{path}: list failed: the server sends the same page for ever; check for a proxy")
+        more = {"ContinuationToken": token}
 
 
 async def _exists(fs: Any, bucket: str, key: str) -> bool:

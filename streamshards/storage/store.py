@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Final, Protocol, TypeAlias
 
 from streamshards.errors import OptionInvalid
@@ -13,6 +14,30 @@ Blob: TypeAlias = bytes | memoryview
 
 _STALL_S: Final = 15.0
 _MIN_BYTES_PER_S: Final = 32.0 * KiB
+TIMEOUT_S: Final = 120.0
+"""For requests whose caller names none; as ``RetryOptions.attempt_timeout_s``."""
+
+
+class Hedge:
+    """A second request for an object that takes long to come: whichever is first is taken, the other called off.
+
+    Args:
+        after_s: Seconds after the first request.
+        allow: Asked then, on any thread; False: no second request. Must be quick.
+    """
+
+    def __init__(self, after_s: float, allow: Callable[[], bool]) -> None:
+        self.after_s = after_s
+        self.is_asked = False
+        """Whether there was a second request."""
+        self.is_won = False
+        """Whether it was the one that brought the object."""
+        self._allow = allow
+
+    def begin(self) -> bool:
+        """Return whether to make the second request now."""
+        self.is_asked = self._allow()
+        return self.is_asked
 
 
 class Patience(float):
@@ -23,18 +48,26 @@ class Patience(float):
     Attributes:
         stall_s: Abandon the request when no byte has come for this long.
         min_bytes_per_s: Abandon it when less than this comes, on average over ``stall_s``.
+        hedge: A second request beside it, if the store can; None: only the one.
     """
 
     stall_s: float
     min_bytes_per_s: float
+    hedge: Hedge | None
 
     def __new__(
-        cls, timeout_s: float, *, stall_s: float = _STALL_S, min_bytes_per_s: float = _MIN_BYTES_PER_S
+        cls,
+        timeout_s: float,
+        *,
+        stall_s: float = _STALL_S,
+        min_bytes_per_s: float = _MIN_BYTES_PER_S,
+        hedge: Hedge | None = None,
     ) -> Patience:
         """Return *timeout_s* with the rest."""
         patience = super().__new__(cls, timeout_s)
         patience.stall_s = stall_s
         patience.min_bytes_per_s = min_bytes_per_s
+        patience.hedge = hedge
         return patience
 
     @classmethod
@@ -42,12 +75,18 @@ class Patience(float):
         """Return *timeout_s* itself, or with the defaults if it is a plain number."""
         return timeout_s if isinstance(timeout_s, Patience) else cls(timeout_s)
 
+    def hedged(self, hedge: Hedge | None) -> Patience:
+        """Return the same, with *hedge*."""
+        return Patience(self, stall_s=self.stall_s, min_bytes_per_s=self.min_bytes_per_s, hedge=hedge)
+
     def __repr__(self) -> str:
         return f"Patience({float(self)!r}, stall_s={self.stall_s!r}, min_bytes_per_s={self.min_bytes_per_s!r})"
 
 
 class Store(Protocol):
     """A folder of objects under one url. Every method makes one attempt; retrying is the engine's business.
+
+    A store may have an attribute ``site``: see :func:`site_of`.
 
     Raises (all methods):
         StoreUnavailable: No or no complete answer, or "not now"; the one worth trying again.
@@ -85,14 +124,28 @@ class Store(Protocol):
                 the write. After an attempt whose answer was lost, the object that exists may be one's own.
         """
 
-    def delete(self, key: str) -> None:
-        """Remove the object; no error if there is none."""
+    def delete(self, key: str, *, timeout_s: float = TIMEOUT_S) -> None:
+        """Remove the object; no error if there is none. As for *timeout_s*, see :meth:`put`."""
 
-    def list(self, prefix: str = "") -> list[tuple[str, int]]:
+    def list(self, prefix: str = "", *, timeout_s: float = TIMEOUT_S) -> list[tuple[str, int]]:
         """Return ``(key, size in bytes)`` of every object whose key starts with *prefix*, sorted by key.
 
         Recursive, and never from a listings cache. A folder that is not there has no objects.
+
+        Args:
+            prefix: The beginning of a key, folder or not.
+            timeout_s: Abandon a request after this long; on S3 each page of 1,000 keys is a request, so a listing that
+                goes on may take longer.
         """
+
+
+def site_of(store: Store) -> str | None:
+    """Return what names the server that *store* asks, or None if it does not say: its attribute ``site``.
+
+    Stores of the same site fail together: the engine asks a site that does not answer with one probe at a time.
+    """
+    site: str | None = getattr(store, "site", None)
+    return site
 
 
 def check_key(key: str) -> str:

@@ -146,12 +146,12 @@ def _from_names(chain: list[BaseException], *, is_local: bool) -> _Verdict | Non
         return AccessDenied, _FIND_CREDENTIALS
     if names & _DENIED_NAMES:
         return AccessDenied, ("check the owner and mode of the file and its folder" if is_local else _MEND_CREDENTIALS)
+    if names & _TRANSIENT_NAMES:  # before the next: fsspec calls whatever http did not bring a missing file
+        return StoreUnavailable, _TRY_LATER
     if "FileNotFoundError" in names:
         return ObjectMissing, _CHECK_URL
     if "FileExistsError" in names:
         return ObjectExists, "another writer was first; read its object, or choose another key"
-    if names & _TRANSIENT_NAMES:
-        return StoreUnavailable, _TRY_LATER
     if names & _OPTION_NAMES:
         return OptionInvalid, "check storage_options and the url"
     return None
@@ -224,9 +224,12 @@ def _status(chain: list[BaseException]) -> int:
 
 
 def _cause(chain: list[BaseException], secrets: Collection[str]) -> str:
-    """Return one line about the error, without secrets: its code or class, and its text."""
-    error = chain[0]
-    name = _code(chain) or type(error).__name__
+    """Return one line about the error, without secrets: its code, status or class, and its text."""
+    # fsspec's http calls every failure a missing file; what is missing indeed has no cause, or one with a status.
+    hides = isinstance(chain[0], FileNotFoundError) and len(chain) > 1
+    error = chain[1] if hides else chain[0]
+    status = _status(chain)
+    name = _code(chain) or (f"HTTP {status}" if status else type(error).__name__)
     told = error.strerror if isinstance(error, OSError) else None  # without the file's name, which the message has
     text = without_secrets(" ".join((told or str(error)).split()))[:300]
     for secret in secrets:

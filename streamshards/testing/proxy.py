@@ -89,7 +89,14 @@ class Drip:
     bytes_per_s: int
 
 
-Fault = Answer | Reset | Cut | Stall | Drip | Truncate | FlipBit | Swap | Block
+@dataclass(frozen=True, slots=True)
+class Late:
+    """The right answer, all of it, after so many seconds; nothing if the client hangs up meanwhile."""
+
+    seconds: float
+
+
+Fault = Answer | Reset | Cut | Stall | Drip | Late | Truncate | FlipBit | Swap | Block
 """``Truncate`` is a shorter body with a ``Content-Length`` to match, ``FlipBit`` a wrong bit at the right length,
 ``Swap`` the bytes of another ``bucket/key``, ``Block`` an answer held back until an event."""
 
@@ -339,6 +346,9 @@ class _Handler(BaseHTTPRequestHandler):
                 self._reset()
             case Stall(None):
                 self._wait_for_hang_up()
+            case Late(seconds):
+                self._wait_for_hang_up(seconds)
+                self._forward(None, body)
             case Block(until, entered):
                 if entered is not None:
                     entered.set()
@@ -432,10 +442,16 @@ class _Handler(BaseHTTPRequestHandler):
         self.connection.close()
         raise _HungUp
 
-    def _wait_for_hang_up(self) -> None:
-        """Return when the client has closed the connection, or the proxy has."""
+    def _wait_for_hang_up(self, at_most_s: float | None = None) -> None:
+        """Raise ``_HungUp`` when the client has closed the connection, or the proxy has; return after *at_most_s*."""
         self.wfile.flush()
-        with contextlib.suppress(OSError):
+        self.connection.settimeout(at_most_s)
+        try:
             while self.connection.recv(1 << 16):
                 pass
+        except TimeoutError:
+            self.connection.settimeout(None)
+            return
+        except OSError:
+            pass
         raise _HungUp

@@ -15,7 +15,7 @@ from streamshards.errors import (
     StoreUnavailable,
     StreamShardsError,
 )
-from streamshards.storage.store import Blob, Store, check_key
+from streamshards.storage.store import TIMEOUT_S, Blob, Store, check_key
 
 
 class MemoryStore:
@@ -50,11 +50,11 @@ class MemoryStore:
                 raise ObjectExists(f"{self.url}/{key}: put refused: the object exists; choose another key")
             self.objects[key] = whole
 
-    def delete(self, key: str) -> None:
+    def delete(self, key: str, *, timeout_s: float = TIMEOUT_S) -> None:  # noqa: ARG002 - memory is at once
         with self._lock:
             self.objects.pop(check_key(key), None)
 
-    def list(self, prefix: str = "") -> list[tuple[str, int]]:
+    def list(self, prefix: str = "", *, timeout_s: float = TIMEOUT_S) -> list[tuple[str, int]]:  # noqa: ARG002 - memory is at once
         with self._lock:
             return sorted((key, len(data)) for key, data in self.objects.items() if key.startswith(prefix))
 
@@ -147,11 +147,11 @@ class FaultyStore:
     def put(self, key: str, data: bytes | memoryview, *, timeout_s: float, if_absent: bool = False) -> None:
         self._store.put(key, data, timeout_s=timeout_s, if_absent=if_absent)
 
-    def delete(self, key: str) -> None:
-        self._store.delete(key)
+    def delete(self, key: str, *, timeout_s: float = TIMEOUT_S) -> None:
+        self._store.delete(key, timeout_s=timeout_s)
 
-    def list(self, prefix: str = "") -> list[tuple[str, int]]:
-        return self._store.list(prefix)
+    def list(self, prefix: str = "", *, timeout_s: float = TIMEOUT_S) -> list[tuple[str, int]]:
+        return self._store.list(prefix, timeout_s=timeout_s)
 
     def _next_fault(self, key: str) -> Fault | None:
         with self._lock:

@@ -124,7 +124,8 @@ def dataset_of(shards: Sequence[Sequence[dict[str, Any]]]) -> tuple[MemoryStore,
         raw_sizes=np.array([part.raw_bytes for part in encoded], dtype=np.int64),
         digests=[part.digest for part in encoded],
     )
-    return MemoryStore({name: part.data for name, part in zip(names, encoded, strict=True)}), index
+    shards = {name: part.data for name, part in zip(names, encoded, strict=True)}
+    return MemoryStore({**shards, "index.json": index.dump()}), index
 
 
 def numbered(rows: Sequence[int]) -> tuple[MemoryStore, Index]:

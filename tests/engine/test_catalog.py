@@ -87,9 +87,9 @@ class HookedStore(MemoryStore):
         super().put(key, data, timeout_s=timeout_s, if_absent=if_absent)
         self.hook("after put", key)
 
-    def delete(self, key: str) -> None:
+    def delete(self, key: str, **how: Any) -> None:
         self.hook("before delete", key)
-        super().delete(key)
+        super().delete(key, **how)
         self.hook("after delete", key)
 
 

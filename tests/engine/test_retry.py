@@ -187,13 +187,13 @@ def test_a_circuit_opens_after_16_failures_in_a_row() -> None:
     circuit = Circuit(clock)
     for _ in range(15):
         assert circuit.claim(8) == 0
-        circuit.failed(3)
+        circuit.failed(3, OPTIONS)
     assert [circuit.claim(8), circuit.claim(8)] == [0, 0]
-    circuit.failed(3)
+    circuit.failed(3, OPTIONS)
     assert circuit.claim(8) == 3
     clock.advance(3)
     assert [circuit.claim(8), circuit.claim(8)] == [0, 8], "one probes, the other waits"
-    circuit.failed(5)
+    circuit.failed(5, OPTIONS)
     assert circuit.claim(8) == 5
     clock.advance(5)
     assert circuit.claim(8) == 0
@@ -207,8 +207,8 @@ def test_an_answer_between_failures_keeps_a_circuit_closed() -> None:
     """Only failures in a row count: a store that answers half of the requests is asked by all."""
     circuit = Circuit(FakeClock())
     for _ in range(100):
-        circuit.failed(1)
-        circuit.failed(1)
+        circuit.failed(1, OPTIONS)
+        circuit.failed(1, OPTIONS)
         circuit.answered()
     assert circuit.claim(8) == 0
 
@@ -218,7 +218,7 @@ def test_who_never_gets_a_turn_gives_up_at_the_deadline() -> None:
     clock = FakeClock()
     circuit = Circuit(clock)
     for _ in range(16):
-        circuit.failed(0)
+        circuit.failed(0, OPTIONS)
     assert circuit.claim(8) == 0, "another thread asks, and never comes back"
     action = Attempts(clock, 0)
     with pytest.raises(StoreUnavailable, match=r"s3://b/a: gave up .*does not answer other requests either"):
@@ -233,7 +233,7 @@ def test_cancelling_ends_the_wait_for_a_turn() -> None:
     clock = FakeClock(on_wait=lambda _: cancelled.set())
     circuit = Circuit(clock)
     for _ in range(16):
-        circuit.failed(50)
+        circuit.failed(50, OPTIONS)
     action = Attempts(clock, 0)
     with pytest.raises(Cancelled):
         _retry(action, clock, circuit=circuit, cancelled=cancelled)
