@@ -27,7 +27,9 @@ def main(seeds: int, hedge_s: float) -> None:
     """Print the seconds of an epoch without and with, and how many requests each took."""
     with tempfile.TemporaryDirectory() as folder, seaweedfs(folder) as server, FaultProxy(server) as proxy:
         server.create_bucket("hedge")
-        with ShardWriter("s3://hedge/train", shard_bytes=ROWS * (8 + 4 * 1024), storage_options=server.storage_options) as out:
+        with ShardWriter(
+            "s3://hedge/train", shard_bytes=ROWS * (8 + 4 * 1024), storage_options=server.storage_options
+        ) as out:
             for first in range(0, NUM_SHARDS * ROWS, ROWS):
                 out.write_batch({"id": torch.arange(first, first + ROWS), "x": torch.rand(ROWS, 1024)})
         num_shards = len(out.index.names)

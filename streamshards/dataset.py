@@ -209,7 +209,8 @@ class StreamingDataset(EpochDataset):
     def __getitem__(self, number: int) -> Any:
         """Return sample *number* in the order of the index, after ``transform``; negative numbers count from the end.
 
-        For inspection and map-style use: one shard is fetched, and the frames that hold the sample are decoded.
+        For inspection and map-style use: of one shard, the frames that hold the sample are fetched and decoded; all of it
+        if it is small, or goes through the node cache.
 
         Raises:
             IndexError: There is no such sample.
@@ -223,7 +224,7 @@ class StreamingDataset(EpochDataset):
             raise IndexError(f"sample {number} of {self.num_samples:,} in {self.url}")
         if self._access is None:
             fetcher = self._fetcher(self._index, threading.Event(), current_slot(), self._emitter(current_slot()))
-            self._access = RandomAccess(fetcher, self._subset)
+            self._access = RandomAccess(fetcher, self._schema, self._subset)
         reader, row = self._access.find(number % self.num_samples)
         (sample,) = to_samples(reader.columns(self._schema, row, row + 1))
         return sample if self._transform is None else self._transform(sample)

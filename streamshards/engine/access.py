@@ -8,18 +8,22 @@ from typing import Final
 import numpy as np
 
 from streamshards.engine.fetch import Fetcher
+from streamshards.engine.ranges import Wanted, is_hopeless
+from streamshards.errors import ShardCorrupt, StoreError
 from streamshards.plan.subset import Subset
 from streamshards.shard.reader import ShardReader
+from streamshards.shard.schema import Schema
 
 _KEPT_READERS: Final = 2
-"""Shards kept open for ``ds[i]``: walking over neighbouring samples fetches each shard once."""
+"""Shards kept open for ``ds[i]``: walking over neighbouring samples fetches each byte once."""
 
 
 class RandomAccess:
     """Finds single samples, keeping the shards it used last open."""
 
-    def __init__(self, fetcher: Fetcher, subset: Subset) -> None:
+    def __init__(self, fetcher: Fetcher, schema: Schema, subset: Subset) -> None:
         self._fetcher = fetcher
+        self._schema = schema
         self._subset = subset
         self._borders = np.concatenate([[0], np.cumsum(subset.rows)])
         self._readers: OrderedDict[int, ShardReader] = OrderedDict()
@@ -28,8 +32,21 @@ class RandomAccess:
         """Return the shard that holds sample *number* of the subset, and the row there."""
         part = int(self._borders.searchsorted(number, "right")) - 1
         shard = int(self._subset.shards[part])
-        reader = self._readers.pop(shard, None) or self._fetcher.fetch(shard)
+        row = int(self._subset.rows_of(shard)[number - int(self._borders[part])])
+        reader = self._kept(shard, row) or self._fetcher.fetch(shard, Wanted(self._schema, row, row + 1))
         self._readers[shard] = reader
         if len(self._readers) > _KEPT_READERS:
             self._readers.popitem(last=False)
-        return reader, int(self._subset.rows_of(shard)[number - int(self._borders[part])])
+        return reader, row
+
+    def _kept(self, shard: int, row: int) -> ShardReader | None:
+        """Return the shard if it is still open, with *row* loaded."""
+        reader = self._readers.pop(shard, None)
+        try:
+            if reader is not None:
+                reader.load(self._schema, row, row + 1)
+        except (ShardCorrupt, StoreError) as error:
+            if is_hopeless(error):
+                raise
+            return None
+        return reader

@@ -11,6 +11,8 @@ bad, and no longer in the index       replaced     DatasetReplaced at once; neve
 missing, and so is the index          gone         StoreError at once; never skipped
 ====================================  ===========  ==================================================================
 
+Of a shard of which only some rows or fields are wanted, a part is fetched where that pays (``engine/ranges.py``); what is
+wrong with a part is settled by the whole.
 With ``hedge_s``: a shard that takes longer is asked for a second time, within the budget of ``engine/retry.py``.
 With a node cache: a shard that is there, and is right, is not fetched; one that is fetched is put there.
 """
@@ -26,6 +28,7 @@ from streamshards.clock import Clock
 from streamshards.engine.cache import NodeCache
 from streamshards.engine.cachefolder import Identity
 from streamshards.engine.catalog import INDEX_KEY, Catalog
+from streamshards.engine.ranges import PartFetcher, Wanted, is_hopeless
 from streamshards.engine.retry import Cancelled, circuit_of, with_retries
 from streamshards.errors import (
     DatasetReplaced,
@@ -129,6 +132,7 @@ class Fetcher:
         self._circuit = circuit_of(store, clock)
         self._cache = cache
         self._under_way: dict[int, _Fetch] = {}
+        self._parts = self._part_fetcher() if cache is None else None
         # Not the errors themselves: their tracebacks would keep the shards' bytes.
         self._bad: dict[int, tuple[type[ShardCorrupt | ShardMissing], str]] = {}
 
@@ -136,8 +140,12 @@ class Fetcher:
         """Return the url of shard number *shard*, for messages."""
         return f"{self._store.url}/{self._index.names[shard]}"
 
-    def fetch(self, shard: int) -> ShardReader:
+    def fetch(self, shard: int, wanted: Wanted | None = None) -> ShardReader:
         """Return shard number *shard*, its bytes verified against the index.
+
+        Args:
+            shard: Its number.
+            wanted: What will be read of it, or ``load`` be called for; None: anything.
 
         Raises:
             ShardCorrupt: Its bytes are not what the index promises, after ``corrupt_attempts`` fetches.
@@ -153,7 +161,10 @@ class Fetcher:
             kind, text = known
             raise kind(text)
         try:
-            return self._fetch(shard) if self._cache is None else self._fetch_through(self._cache, shard)
+            if self._cache is not None:
+                return self._fetch_through(self._cache, shard)
+            part = None if wanted is None else self._fetch_part(shard, wanted)
+            return self._fetch(shard) if part is None else part
         except (ShardCorrupt, ShardMissing) as error:
             lost = error
         # After the handler: an error inside it would have this one, and so the shard's bytes, as its context.
@@ -204,6 +215,45 @@ class Fetcher:
             f"{self._index.fingerprint}, now {now.fingerprint} with {now.num_samples:,} samples; open it anew, at the "
             "beginning of an epoch"
         )
+
+    def _part_fetcher(self) -> PartFetcher | None:
+        if getattr(self._store, "get_range", None) is None:
+            return None
+        return PartFetcher(
+            self._index, self._schema, url_of=self.url_of, get=self._get_range, whole=self._whole_instead
+        )
+
+    def _fetch_part(self, shard: int, wanted: Wanted) -> ShardReader | None:
+        """Return the shard with what is *wanted* loaded; None if it must be read whole."""
+        if self._parts is None:
+            return None
+        self._under_way[shard] = _Fetch()
+        try:
+            reader = self._parts.fetch(shard, wanted)
+            self._counters.add(shards_read=int(reader is not None))
+            return reader
+        except (ShardCorrupt, StoreError) as error:
+            if is_hopeless(error):
+                raise
+            self._emit(FetchRetried(self.url_of(shard), 1, 0.0, f"{error}; now the whole shard is asked for"))
+            return None
+        finally:
+            self._under_way.pop(shard, None)
+
+    def _whole_instead(self, shard: int, cause: ShardCorrupt) -> FrameReader:
+        self._emit(FetchRetried(self.url_of(shard), 1, 0.0, f"{cause}; now the whole shard is asked for"))
+        reader = self._fetch(shard)
+        assert isinstance(reader, FramedShard)  # for mypy: that is its layout
+        return reader.frames
+
+    def _get_range(self, shard: int, start: int, stop: int) -> Blob:
+        started = self._clock.now()
+        try:
+            data = self._with_retries(shard, lambda patience: self._ask(shard, patience, (start, stop)))
+        finally:
+            self._counters.add(fetch_ns=int((self._clock.now() - started) * 1e9))
+        self._counters.add(bytes_read=len(data))
+        return data
 
     def _fetch_through(self, cache: NodeCache, shard: int) -> ShardReader:
         found = self._find(cache, shard)
@@ -307,23 +357,26 @@ class Fetcher:
 
     def _get_with_retries(self, shard: int) -> Blob:
         promised = int(self._index.sizes[shard])
-        self._circuit.read()
         try:
-            return with_retries(
-                lambda patience: self._ask(shard, patience),
-                what=self.url_of(shard),
-                options=self._retry,
-                deadline_s=self._retry.deadline_s,
-                clock=self._clock,
-                cancelled=self._cancelled,
-                on_retry=lambda event: self._tell_retry(shard, event),
-                circuit=self._circuit,
-            )
+            return self._with_retries(shard, lambda patience: self._ask(shard, patience))
         except ObjectTooLarge as error:
             raise ShardCorrupt(f"{self.url_of(shard)}: {promised:,} bytes promised by the index; {error}") from error
 
-    def _ask(self, shard: int, patience: Patience) -> Blob:
-        """Make one attempt, which may be two requests."""
+    def _with_retries(self, shard: int, ask: Callable[[Patience], Blob]) -> Blob:
+        self._circuit.read()
+        return with_retries(
+            ask,
+            what=self.url_of(shard),
+            options=self._retry,
+            deadline_s=self._retry.deadline_s,
+            clock=self._clock,
+            cancelled=self._cancelled,
+            on_retry=lambda event: self._tell_retry(shard, event),
+            circuit=self._circuit,
+        )
+
+    def _ask(self, shard: int, patience: Patience, span: tuple[int, int] | None = None) -> Blob:
+        """Make one attempt, which may be two requests, for a whole shard or the bytes of *span*."""
         fetch = self._fetch_of(shard)
         fetch.attempt += 1
         fetch.asked_at_s = self._clock.now()
@@ -331,7 +384,10 @@ class Fetcher:
         hedge = None if after_s is None else Hedge(after_s, self._circuit.may_hedge)
         name, promised = self._index.names[shard], int(self._index.sizes[shard])
         try:
-            data = self._store.get(name, timeout_s=patience.hedged(hedge), max_bytes=promised)
+            if span is None:
+                data = self._store.get(name, timeout_s=patience.hedged(hedge), max_bytes=promised)
+            else:
+                data = self._store.get_range(name, *span, timeout_s=patience.hedged(hedge))
             fetch.has_arrived = True
             return data
         finally:

@@ -31,6 +31,7 @@ from streamshards.engine.blocks import (
 )
 from streamshards.engine.fetch import Progress
 from streamshards.engine.labels import NO_LABELS, Labels
+from streamshards.engine.ranges import Wanted
 from streamshards.engine.retry import Cancelled
 from streamshards.engine.source import Source
 from streamshards.errors import ShardCorrupt, ShardMissing, TooManyCorrupt
@@ -299,7 +300,8 @@ class BlockLoader:
     def _open_piece(self, source: Source, piece: Piece) -> OpenPiece:
         span = span_of(piece, source.subset)
         try:
-            return open_piece(piece, span, source.fetcher.fetch(piece.shard), source.schema)
+            reader = source.fetcher.fetch(piece.shard, Wanted(source.schema, span.first, span.stop))
+            return open_piece(piece, span, reader, source.schema)
         except (ShardCorrupt, ShardMissing) as error:
             return self._lose(source, OpenPiece(piece, span, None), error)
 

@@ -97,6 +97,18 @@ class FsspecStore:
                 return self._ask_s3(key, get_object, max_bytes=max_bytes, patience=patience, timeout_s=timeout_s)
             return self._get_generic(fs, path, key, timeout_s=timeout_s, max_bytes=max_bytes)
 
+    def get_range(self, key: str, start: int, stop: int, *, timeout_s: float) -> Blob:
+        check_key(key)
+        with self._translating(key, "get"):
+            fs, path = self._resolve(key)
+            limits = {"max_bytes": stop - start, "timeout_s": timeout_s}
+            if self._location.is_s3:
+                return self._ask_s3(key, get_object, span=(start, stop), patience=Patience.of(timeout_s), **limits)
+            data: bytes = self._call(fs, "cat_file", path, start=start, end=stop, timeout_s=timeout_s)
+            if len(data) > stop - start:
+                raise ObjectTooLarge(f"{self.url}/{key}: get refused: {len(data):,} of {stop - start:,} bytes came")
+            return data
+
     def put(self, key: str, data: bytes | memoryview, *, timeout_s: float, if_absent: bool = False) -> None:
         check_key(key)
         whole = data if isinstance(data, bytes) else bytes(data)  # clients take nothing else

@@ -54,18 +54,21 @@ def _config_defaults() -> dict[str, Any]:
     return config
 
 
-async def get_object(fs: Any, path: str, *, max_bytes: int, patience: Patience) -> Blob:
-    """Return a whole object with one GET, or two if *patience* says so; the length is checked before bytes are taken.
+async def get_object(
+    fs: Any, path: str, *, max_bytes: int, patience: Patience, span: tuple[int, int] | None = None
+) -> Blob:
+    """Return an object with one GET, or two if *patience* says so; the length is checked before bytes are taken.
 
     Args:
         fs: The ``s3fs.S3FileSystem``, on whose loop this runs.
         path: ``bucket/key``.
         max_bytes: More is ``ObjectTooLarge``.
+        span: Which of its bytes, from and to; None: all.
         patience: No byte for ``stall_s``, or fewer than ``min_bytes_per_s`` over as long, is ``StoreUnavailable``.
     """
 
     def ask() -> Coroutine[Any, Any, Blob]:
-        return _get_once(fs, path, max_bytes=max_bytes, patience=patience)
+        return _get_once(fs, path, span, max_bytes=max_bytes, patience=patience)
 
     return await (ask() if patience.hedge is None else _first_of_two(ask, patience.hedge))
 
@@ -94,8 +97,8 @@ async def _first_of_two(ask: Callable[[], Coroutine[Any, Any, Blob]], hedge: Hed
             request.add_done_callback(_look_at)
 
 
-async def _get_once(fs: Any, path: str, *, max_bytes: int, patience: Patience) -> Blob:
-    request = asyncio.ensure_future(_request(fs, path, max_bytes=max_bytes))
+async def _get_once(fs: Any, path: str, span: tuple[int, int] | None, *, max_bytes: int, patience: Patience) -> Blob:
+    request = asyncio.ensure_future(_request(fs, path, span, max_bytes=max_bytes))
     body, memory = await _finished(request, path, patience)
     arriving = _Arriving(body, memory)
     try:
@@ -109,10 +112,11 @@ async def _get_once(fs: Any, path: str, *, max_bytes: int, patience: Patience) -
     return memory if len(memory) >= LARGE_BYTES else bytes(memory)
 
 
-async def _request(fs: Any, path: str, *, max_bytes: int) -> tuple[Any, memoryview]:
+async def _request(fs: Any, path: str, span: tuple[int, int] | None, *, max_bytes: int) -> tuple[Any, memoryview]:
     """Return the body of an answer, and memory of its length."""
     bucket, _, key = path.partition("/")
-    answer = await fs._call_s3("get_object", Bucket=bucket, Key=key)
+    condition = {} if span is None else {"Range": f"bytes={span[0]}-{span[1] - 1}"}
+    answer = await fs._call_s3("get_object", Bucket=bucket, Key=key, **condition)
     body = answer["Body"]
     try:
         length = answer.get("ContentLength")

@@ -86,7 +86,7 @@ class Patience(float):
 class Store(Protocol):
     """A folder of objects under one url. Every method makes one attempt; retrying is the engine's business.
 
-    A store may have an attribute ``site``: see :func:`site_of`.
+    A store may have an attribute ``site``: see :func:`site_of`. It may lack ``get_range``: then objects are read whole.
 
     Raises (all methods):
         StoreUnavailable: No or no complete answer, or "not now"; the one worth trying again.
@@ -110,6 +110,16 @@ class Store(Protocol):
             timeout_s: Abandon the request after this long. A local disk cannot be abandoned. A :class:`Patience` also
                 says when a connection is too slow, which S3 can tell.
             max_bytes: An object longer than this is ``ObjectTooLarge``, raised before its bytes are taken into memory.
+        """
+
+    def get_range(self, key: str, start: int, stop: int, *, timeout_s: float) -> Blob:
+        """Return the object's bytes from *start* to, but without, *stop*: fewer if it ends before.
+
+        Args:
+            key: As in :func:`check_key`.
+            start: From 0.
+            stop: After *start*. More than was asked for is ``ObjectTooLarge``: the server does not know ranges.
+            timeout_s: As in :meth:`get`.
         """
 
     def put(self, key: str, data: bytes | memoryview, *, timeout_s: float, if_absent: bool = False) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 import threading
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -42,6 +43,9 @@ class MemoryStore:
         if len(data) > max_bytes:
             raise ObjectTooLarge(f"{self.url}/{key}: get refused: {len(data):,} bytes, {max_bytes:,} were expected")
         return data
+
+    def get_range(self, key: str, start: int, stop: int, *, timeout_s: float) -> bytes:
+        return self.get(key, timeout_s=timeout_s, max_bytes=sys.maxsize)[start:stop]
 
     def put(self, key: str, data: bytes | memoryview, *, timeout_s: float, if_absent: bool = False) -> None:  # noqa: ARG002 - memory is at once
         whole = bytes(data)
@@ -132,6 +136,16 @@ class FaultyStore:
         self.__dict__.update(state, _lock=threading.Lock())
 
     def get(self, key: str, *, timeout_s: float, max_bytes: int) -> Blob:
+        source, fault = self._begin(key, timeout_s)
+        return _spoiled(self._store.get(source, timeout_s=timeout_s, max_bytes=max_bytes), fault)
+
+    def get_range(self, key: str, start: int, stop: int, *, timeout_s: float) -> Blob:
+        """As ``get``; a truncation or a flipped bit is one of the range."""
+        source, fault = self._begin(key, timeout_s)
+        return _spoiled(self._store.get_range(source, start, stop, timeout_s=timeout_s), fault)
+
+    def _begin(self, key: str, timeout_s: float) -> tuple[str, Fault | None]:
+        """Let the script have its way before the store is asked; return which key to ask for, and what to do after."""
         fault = self._next_fault(key)
         match fault:
             case Fail(kind, text):
@@ -141,8 +155,7 @@ class FaultyStore:
                     entered.set()
                 if not until.wait(timeout_s):
                     raise StoreUnavailable(f"{self.url}/{key}: get failed: no answer in {timeout_s:g} s; try again")
-        source = fault.key if isinstance(fault, Swap) else key
-        return _spoiled(self._store.get(source, timeout_s=timeout_s, max_bytes=max_bytes), fault)
+        return (fault.key if isinstance(fault, Swap) else key), fault
 
     def put(self, key: str, data: bytes | memoryview, *, timeout_s: float, if_absent: bool = False) -> None:
         self._store.put(key, data, timeout_s=timeout_s, if_absent=if_absent)
