@@ -209,8 +209,8 @@ class StreamingDataset(EpochDataset):
     def __getitem__(self, number: int) -> Any:
         """Return sample *number* in the order of the index, after ``transform``; negative numbers count from the end.
 
-        For inspection and map-style use: of one shard, the frames that hold the sample are fetched and decoded; all of it
-        if it is small, or goes through the node cache.
+        For inspection and map-style use: the frames of one shard that hold the sample are fetched and decoded; the
+        whole shard if it is small, or goes through the node cache.
 
         Raises:
             IndexError: There is no such sample.

@@ -544,7 +544,7 @@ def test_an_endpoint_that_never_answered_is_given_up_early() -> None:
         StreamingDataset(
             "s3://bucket/x",
             storage_options={"endpoint_url": "http://127.0.0.1:9", "key": "k", "secret": "s"},
-            retry=RetryOptions(first_contact_s=0.5),
+            retry=RetryOptions(first_contact_s=3.0),
         )
 
 

@@ -11,8 +11,8 @@ bad, and no longer in the index       replaced     DatasetReplaced at once; neve
 missing, and so is the index          gone         StoreError at once; never skipped
 ====================================  ===========  ==================================================================
 
-Of a shard of which only some rows or fields are wanted, a part is fetched where that pays (``engine/ranges.py``); what is
-wrong with a part is settled by the whole.
+Of a shard of which only some rows or fields are wanted, a part is fetched where that pays (``engine/ranges.py``);
+what is wrong with a part is settled by the whole.
 With ``hedge_s``: a shard that takes longer is asked for a second time, within the budget of ``engine/retry.py``.
 With a node cache: a shard that is there, and is right, is not fetched; one that is fetched is put there.
 """

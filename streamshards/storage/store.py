@@ -115,6 +115,8 @@ class Store(Protocol):
     def get_range(self, key: str, start: int, stop: int, *, timeout_s: float) -> Blob:
         """Return the object's bytes from *start* to, but without, *stop*: fewer if it ends before.
 
+        Where *start* lies beyond the end: none, or ``StoreError``.
+
         Args:
             key: As in :func:`check_key`.
             start: From 0.

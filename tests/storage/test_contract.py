@@ -140,6 +140,33 @@ class TestStore:
             _get(store, "a", max_bytes=4)
         assert not caught.value.transient
 
+    def test_a_range(self, store: Store) -> None:
+        """The bytes from start to stop, small or large; what lies beyond the end is left out."""
+        data = bytes(range(256)) * 20_000
+        _put(store, "a", data)
+        for start, stop in (
+            (0, 1),
+            (7, 300),
+            (1_000, 4_000_000),
+            (len(data) - 5, len(data)),
+            (len(data) - 5, len(data) + 9),
+        ):
+            assert store.get_range("a", start, stop, timeout_s=TIMEOUT_S) == data[start:stop]
+        for key in ("b", "a/b"):
+            with pytest.raises(ObjectMissing, match=f"{key}: get failed"):
+                store.get_range(key, 0, 1, timeout_s=TIMEOUT_S)
+        with pytest.raises(OptionInvalid, match="is not a key"):
+            store.get_range("../a", 0, 1, timeout_s=TIMEOUT_S)
+
+    def test_a_range_beyond_the_end_is_nothing_or_an_error(self, store: Store) -> None:
+        """And never other bytes; none that would be worth a retry."""
+        _put(store, "a", b"12345")
+        try:
+            data = store.get_range("a", 5, 9, timeout_s=TIMEOUT_S)
+        except StoreError as error:
+            data = b"worth a retry" if error.transient else b""
+        assert data == b""
+
     def test_if_absent(self, store: Store) -> None:
         """Of two puts that want to be first, the second is told so, and the first one's object stays."""
         _put(store, "a", b"first", if_absent=True)
