@@ -1,7 +1,7 @@
 """What a second request gains when a few reads are late: ``python benchmarks/hedge.py``.
 
-2 % of the GETs of shards are answered 3 s late, by a proxy in front of a SeaweedFS on loopback; which ones depends on
-the seed alone, the same without and with ``RetryOptions.hedge_s``. Each line is one seed: an epoch of 64 shards each way.
+2 % of the GETs of shards are answered 3 s late, by a proxy in front of a SeaweedFS on loopback; which first requests
+are depends on the seed alone, without and with ``RetryOptions.hedge_s``. Each line is one seed: an epoch each way.
 """
 
 from __future__ import annotations
@@ -27,7 +27,9 @@ def main(seeds: int, hedge_s: float) -> None:
     """Print the seconds of an epoch without and with, and how many requests each took."""
     with tempfile.TemporaryDirectory() as folder, seaweedfs(folder) as server, FaultProxy(server) as proxy:
         server.create_bucket("hedge")
-        with ShardWriter("s3://hedge/train", shard_bytes=ROWS * (8 + 4 * 1024), storage_options=server.storage_options) as out:
+        with ShardWriter(
+            "s3://hedge/train", shard_bytes=ROWS * (8 + 4 * 1024), storage_options=server.storage_options
+        ) as out:
             for first in range(0, NUM_SHARDS * ROWS, ROWS):
                 out.write_batch({"id": torch.arange(first, first + ROWS), "x": torch.rand(ROWS, 1024)})
         num_shards = len(out.index.names)
