@@ -1,7 +1,7 @@
 """What a second request gains when a few reads are late: ``python benchmarks/hedge.py``.
 
-2 % of the GETs of shards are answered 3 s late, by a proxy in front of a SeaweedFS on loopback; which ones depends on
-the seed alone, the same without and with ``RetryOptions.hedge_s``. Each line is one seed: an epoch of 64 shards each way.
+2 % of the GETs of shards are answered 3 s late, by a proxy in front of a SeaweedFS on loopback; which first requests
+are depends on the seed alone, without and with ``RetryOptions.hedge_s``. Each line is one seed: an epoch each way.
 """
 
 from __future__ import annotations

@@ -176,6 +176,7 @@ def with_retries(
     """
     started = clock.now()
     shared = circuit or Circuit(clock)
+    earlier: list[str] = []  # the last attempt but one
 
     def wait_for_turn() -> None:
         while pause_s := shared.claim(options.max_wait_s):
@@ -213,6 +214,7 @@ def with_retries(
 
     def report(state: RetryCallState) -> None:
         shared.failed(state.upcoming_sleep, options)
+        earlier[:] = [str(_failure(state))]
         on_retry(FetchRetried(what, state.attempt_number, state.upcoming_sleep, str(_failure(state))))
 
     def sleep(seconds: float) -> None:
@@ -222,9 +224,10 @@ def with_retries(
     def give_up(state: RetryCallState) -> NoReturn:
         shared.failed(0.0, options)
         last = _failure(state)
+        before = f"; before: {earlier[0]}" if earlier and earlier[0] != str(last) else ""
         raise StoreUnavailable(
             f"{what}: gave up after {state.attempt_number} attempts in {clock.now() - started:.1f} s "
-            f"(deadline {deadline_s:g} s); last: {last}; check the store, or allow more time with RetryOptions"
+            f"(deadline {deadline_s:g} s); last: {last}{before}; check the store, or allow more time with RetryOptions"
         ) from last
 
     return Retrying(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import itertools
 import json
 import logging
@@ -12,15 +13,19 @@ from typing import Any, Final
 
 import numpy as np
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from streamshards.engine import catalog
 from streamshards.engine.catalog import HAND_MADE_KEY, INDEX_KEY, PLAIN_BYTES, Catalog, load_index, save_index
+from streamshards.engine.retry import Cancelled
 from streamshards.errors import AccessDenied, IndexInvalid, ObjectExists, StoreUnavailable
+from streamshards.events import FetchRetried
 from streamshards.options import RetryOptions
 from streamshards.plan.index import Index
 from streamshards.shard.frames import deflate
 from streamshards.storage import Store, open_store
-from streamshards.testing import FakeClock, MemoryStore
+from streamshards.testing import FakeClock, Fault, FaultyStore, FlipBit, MemoryStore, Truncate
 
 SMALL: Final = 3
 LARGE: Final = 10
@@ -298,6 +303,20 @@ def test_a_clean_up_that_fails_is_only_logged(caplog: pytest.LogCaptureFixture) 
     assert fingerprint(current(store)) == new.fingerprint
 
 
+def test_a_clean_up_waits_out_an_outage() -> None:
+    """A delete is tried again like everything else, with the time that it may take."""
+    objects, old = start("large")
+    store, failures = HookedStore(objects), itertools.count()
+
+    def fail(moment: str, key: str) -> None:
+        if moment == "before delete" and next(failures) < 3:
+            raise StoreUnavailable("down")
+
+    store.hook = fail
+    open_catalog(store).replace(make_index(SMALL, "new"), base=old)
+    assert set(store.objects) == {INDEX_KEY}
+
+
 def test_unchecked_replaces_what_cannot_be_read() -> None:
     """A damaged index blocks a checked commit and not an unchecked one."""
     store, new = MemoryStore({INDEX_KEY: b"{"}), make_index(1, "new")
@@ -335,6 +354,108 @@ def test_damaged_and_hostile_indexes_are_refused(objects: dict[str, bytes], matc
     assert {key for key in store.gets if ".." in key} == set()
 
 
+# -- a bad index is looked at again ------------------------------------------------------------------------------------
+
+
+def flips(*numbers: int) -> Callable[[str, int], FlipBit | None]:
+    """Return a script that flips a bit of the first requests for the index, each another one."""
+    bits = dict(enumerate(numbers))
+    return lambda key, number: FlipBit(bits[number]) if key == INDEX_KEY and number in bits else None
+
+
+def look(store: Store, **changes: Any) -> tuple[Index | None, list[FetchRetried], FakeClock]:
+    """Return what a catalog finds, what it told, and its clock."""
+    events: list[FetchRetried] = []
+    retry, clock = RetryOptions(base_s=1, **changes), FakeClock()
+    catalog = Catalog(store, retry, 60.0, clock, threading.Event(), events.append)
+    found = catalog.find()
+    return (None if found is None else found.index), events, clock
+
+
+def test_a_bit_flipped_on_the_wire_costs_a_second_look() -> None:
+    """The index comes in the end; each look at other wrong bytes is one event with url, number and cause."""
+    index = make_index(SMALL, "a")
+    store = FaultyStore(MemoryStore({INDEX_KEY: index.dump()}), flips(8 * 5, 8 * 400))
+    found, events, clock = look(store)
+    assert fingerprint(found) == index.fingerprint
+    assert [(event.url, event.attempt, event.wait_s) for event in events] == [
+        ("fake://store/index.json", 1, 1.0), ("fake://store/index.json", 2, 1.0),
+    ]  # fmt: skip
+    assert clock.waits == [1.0, 1.0]
+    assert "not JSON" in events[0].cause or "index" in events[0].cause
+
+
+def test_an_index_that_stays_bad_is_refused_after_corrupt_attempts() -> None:
+    """Other wrong bytes each time: three looks, then IndexInvalid; with one attempt, one look."""
+    data = make_index(SMALL, "a").dump()
+    for attempts in (1, 2, 3):
+        store = FaultyStore(MemoryStore({INDEX_KEY: data}), flips(*range(40, 80, 8)))
+        with pytest.raises(IndexInvalid):
+            look(store, corrupt_attempts=attempts)
+        assert store.gets == [INDEX_KEY] * attempts
+
+
+@pytest.mark.parametrize("fault", [FlipBit(40), Truncate(300), Truncate(0)], ids=str)
+def test_the_same_wrong_bytes_twice_are_the_stores(fault: Fault) -> None:
+    """What comes twice alike was not changed on the way: two looks, not ten."""
+    store = FaultyStore(MemoryStore({INDEX_KEY: make_index(SMALL, "a").dump()}), lambda *_: fault)
+    with pytest.raises(IndexInvalid):
+        look(store, corrupt_attempts=10)
+    assert store.gets == [INDEX_KEY] * 2
+
+
+def test_a_bad_part_is_looked_at_again() -> None:
+    """The compressed part of a large index, too: pointer and part are fetched anew."""
+    store, index = MemoryStore(), make_index(LARGE, "a")
+    open_catalog(store).replace(index, base=None)
+    faulty = FaultyStore(store, lambda key, number: FlipBit(300) if key != INDEX_KEY and number == 0 else None)
+    found, events, _ = look(faulty)
+    assert fingerprint(found) == index.fingerprint
+    assert len(events) == 1
+    assert len(faulty.gets) == 4
+
+
+def test_cancelling_ends_the_wait_for_a_second_look() -> None:
+    """No further request once the owner has given up."""
+    store, cancelled = MemoryStore({INDEX_KEY: b"{"}), threading.Event()
+    clock = FakeClock(on_wait=lambda _: cancelled.set())
+    with pytest.raises(Cancelled):
+        Catalog(store, RetryOptions(), 60.0, clock, cancelled, lambda _: None).find()
+
+
+OBJECTS: Final = {
+    "small": {INDEX_KEY: make_index(SMALL, "old").dump()},
+    "hand-made": {HAND_MADE_KEY: deflate(make_index(SMALL, "old").dump())},
+}
+
+
+@settings(deadline=None, max_examples=400)
+@given(kind=st.sampled_from(["small", "large", "hand-made"]), data=st.data())
+def test_no_changed_byte_makes_another_dataset(kind: str, data: st.DataObject) -> None:
+    """One byte of an index replaced, left out or put in, anywhere, pointer and part included: refused, or the same."""
+    objects = OBJECTS.get(kind) or large_objects()
+    wanted = fingerprint(current(MemoryStore(objects)))
+    key = data.draw(st.sampled_from(sorted(objects)))
+    whole = objects[key]
+    place, byte = data.draw(st.integers(0, len(whole) - 1)), bytes([data.draw(st.integers(0, 255))])
+    change = data.draw(st.sampled_from(["replace", "leave out", "put in"]))
+    rest = whole[place:] if change == "put in" else whole[place + 1 :]
+    changed = whole[:place] + (b"" if change == "leave out" else byte) + rest
+    try:
+        found = current(MemoryStore({**objects, key: changed}))
+    except IndexInvalid:
+        return
+    assert fingerprint(found) == wanted
+
+
+@functools.cache
+def large_objects() -> dict[str, bytes]:
+    """Return the objects of a large index: a pointer and its part."""
+    index = make_index(LARGE, "old")
+    part = f"index-{index.fingerprint}.json.zst"
+    return {INDEX_KEY: catalog._pointer(index, part), part: deflate(index.dump())}
+
+
 def test_a_bomb_is_not_inflated(monkeypatch: pytest.MonkeyPatch) -> None:
     """A compressed index is bounded by what it inflates to."""
     monkeypatch.setattr(catalog, "MAX_INDEX_BYTES", 1000)
@@ -359,6 +480,22 @@ def test_what_stands_there_instead_is_told(names: list[str], said: list[str]) ->
         load(store)
     for words in said:
         assert words in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("name", "said"),
+    [
+        ("index.json", "this is the index of a dataset; pass the folder that it lies in: fake://store/train"),
+        ("index.json.zst", "this is the index"),
+        (f"index-{'0' * 32}.json.zst", "this is the index"),
+        ("0123456789ab-000000.pt.zst", "this is a single file of a dataset; pass the folder .*: fake://store/train"),
+        ("a.pt", "this is a single file"),
+    ],
+)
+def test_a_url_that_names_a_file_is_told_so(name: str, said: str) -> None:
+    """The url of the index or of a shard: the error names the folder, and nothing is listed."""
+    with pytest.raises(IndexInvalid, match=said):
+        load(MemoryStore(url=f"fake://store/train/{name}"))
 
 
 def load(store: Store, clock: FakeClock | None = None) -> Index:

@@ -12,8 +12,8 @@ from typing import Any
 import numpy as np
 import pytest
 
-from streamshards.engine.fetch import Fetcher
-from streamshards.engine.retry import Cancelled
+from streamshards.engine.fetch import Fetcher, Progress
+from streamshards.engine.retry import Cancelled, circuit_of
 from streamshards.errors import (
     AccessDenied,
     ObjectMissing,
@@ -24,12 +24,12 @@ from streamshards.errors import (
     StoreUnavailable,
     StreamShardsError,
 )
-from streamshards.events import FetchRetried
+from streamshards.events import FetchHedged, FetchRetried
 from streamshards.options import RetryOptions
 from streamshards.plan.index import Index
 from streamshards.shard.payload import digest_of
 from streamshards.storage.local import LocalStore
-from streamshards.storage.store import Store
+from streamshards.storage.store import Patience, Store
 from streamshards.testing import (
     MISSING,
     UNAVAILABLE,
@@ -216,6 +216,93 @@ def test_a_refetch_does_not_hold_two_copies(good: tuple[MemoryStore, Index]) -> 
     with pytest.raises(ShardCorrupt):
         rig.fetcher().fetch(1)
     assert held == [before, before]
+
+
+def test_a_deleted_dataset_is_told_as_such(good: tuple[MemoryStore, Index]) -> None:
+    """A shard is missing and so is the index: a plain StoreError that says the dataset is gone, never a skip."""
+    rig = rig_of(good)
+    rig.store = MemoryStore({})
+    with pytest.raises(
+        StoreError, match=r"fake://store/001.pt.zst: the dataset is gone: index.json is no longer there"
+    ):
+        rig.fetcher().fetch(1)
+    rig.store = MemoryStore({NAME: b"bad", "000.pt.zst": b""})
+    with pytest.raises(ShardCorrupt):
+        rig.fetcher().fetch(1)
+
+
+def test_a_missing_shard_of_a_dataset_with_an_index_is_one_shard(good: tuple[MemoryStore, Index]) -> None:
+    """While the index is there, unchanged, a missing shard is that and nothing more."""
+    rig = rig_of(good, lambda key, _: MISSING if key == NAME else None)
+    with pytest.raises(ShardMissing) as caught:
+        rig.fetcher().fetch(1)
+    assert type(caught.value) is ShardMissing
+
+
+# -- how it goes -------------------------------------------------------------------------------------------------------
+
+
+def test_how_a_fetch_goes_is_known_at_any_time(good: tuple[MemoryStore, Index]) -> None:
+    """Which attempt, what it does, since when, and why the one before failed: in a request, and between two."""
+    answer, entered = threading.Event(), threading.Event()
+    script = [UNAVAILABLE, Block(answer, entered)]
+    rig = rig_of(good, script)
+    between: list[Progress | None] = []
+    clock = FakeClock(on_wait=lambda _: between.append(fetcher.progress(1)))
+    rig.clock = clock
+    fetcher = rig.fetcher()
+    assert fetcher.progress(1) is None
+    thread = threading.Thread(target=lambda: fetcher.fetch(1), daemon=True)
+    thread.start()
+    watched(entered.wait)
+    clock.advance(12)
+    assert fetcher.progress(1) == Progress(2, "asked 12 s ago", "get failed: scripted")
+    assert fetcher.progress(0) is None
+    answer.set()
+    join_all([thread])
+    assert between == [Progress(1, "next in 1 s", "get failed: scripted")]
+    assert fetcher.progress(1) is None
+
+
+def test_a_wait_behind_others_is_told_as_such(good: tuple[MemoryStore, Index]) -> None:
+    """Behind an open circuit: no attempt yet, and the store answers nobody."""
+    rig = rig_of(good)
+    seen: list[Progress | None] = []
+
+    def see(_: float) -> None:
+        seen.append(fetcher.progress(1))
+        circuit.answered()
+
+    rig.clock = FakeClock(on_wait=see)
+    fetcher, circuit = rig.fetcher(), circuit_of(rig.store, rig.clock)
+    for _ in range(16):
+        circuit.failed(5, OPTIONS)
+    assert is_right(rig, fetcher)
+    assert seen == [Progress(0, "waiting for the store to answer others", "")]
+
+
+class Hedging(MemoryStore):
+    """A store that makes the second request at once whenever it may, and says that it won."""
+
+    def get(self, key: str, *, timeout_s: float, max_bytes: int) -> bytes:
+        hedge = timeout_s.hedge if isinstance(timeout_s, Patience) else None
+        if hedge is not None and hedge.begin():
+            hedge.is_won = True
+        return super().get(key, timeout_s=timeout_s, max_bytes=max_bytes)
+
+
+def test_second_requests_are_counted_and_told(good: tuple[MemoryStore, Index]) -> None:
+    """Of 60 reads 3 may be hedged: each is one event, one count; without ``hedge_s`` none is."""
+    for hedge_s, hedges in ((0.5, 3), (None, 0)):
+        rig = rig_of(good)
+        rig.store = Hedging(good[0].objects)
+        rig.retry = replace(OPTIONS, hedge_s=hedge_s)
+        fetcher = rig.fetcher()
+        for _ in range(60):
+            assert is_right(rig, fetcher)
+        assert rig.events == [FetchHedged(f"fake://store/{NAME}", 0.5, is_won=True)] * hedges
+        assert rig.stats["hedges"] == rig.stats["hedges_won"] == hedges
+        assert rig.stats["shards_read"] == 60
 
 
 # -- damage -----------------------------------------------------------------------------------------------------------

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gc
 import os
+import re
 import signal
 import threading
 import weakref
@@ -22,7 +23,7 @@ from streamshards.errors import AccessDenied, StreamShardsError
 from streamshards.events import ReadSlow
 from streamshards.plan.index import Index
 from streamshards.shard.columns import Columns
-from streamshards.testing import DENIED, Block, FakeClock, FaultyStore, MemoryStore
+from streamshards.testing import DENIED, UNAVAILABLE, Block, FakeClock, FaultyStore, MemoryStore
 from tests.engine.rig import HANGS_AFTER_S, Rig, drain, engine_threads, ids_of, join_all, numbered, until, watched
 
 ROWS = (4,) * 6
@@ -366,6 +367,27 @@ def test_a_slow_read_is_told() -> None:
     assert [event.waited_s for event in told[:3]] == [0, 30, 60]
     assert [event.waiting_for.split()[0] for event in told[:3]] == [first] * 3
     assert rig.stats["slow_reads"] == len(told)
+    drain(stream)
+
+
+def test_a_slow_read_tells_attempt_and_cause() -> None:
+    """After a failed attempt: the number of the one under way, for how long, and why the last one failed."""
+    answer, entered = threading.Event(), threading.Event()
+    told: list[ReadSlow] = []
+
+    def observe(event: Any) -> None:
+        if isinstance(event, ReadSlow) and event.attempt == 3:
+            told.append(event)
+            answer.set()
+
+    script = lambda _key, number: Block(answer, entered) if number == 2 else UNAVAILABLE if number < 2 else None  # noqa: E731
+    stream = rig_of(script, slow_s=1e-3, on_event=observe, threads=1).stream()
+    watched(stream.next)
+    assert (told[0].doing, told[0].cause) == ("asked 0 s ago", "get failed: scripted")
+    assert re.fullmatch(
+        r"fake://store: waited 0 s for 0\d\d.pt.zst \(.*\), attempt 3, asked 0 s ago; failed before: .*scripted",
+        str(told[0]),
+    )
     drain(stream)
 
 

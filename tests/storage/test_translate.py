@@ -30,6 +30,7 @@ from streamshards.storage import Store, open_store
 from streamshards.storage.location import parse_url, without_secrets
 from streamshards.storage.translate import translated
 from streamshards.testing.servers import S3Server
+from tests.engine.rig import watched
 
 KEY_ID, SECRET, TOKEN = "AKIDSHOWNNOWHERE", "secret-shown-nowhere", "token-shown-nowhere"
 
@@ -160,6 +161,50 @@ class TestAnswers:
             started = time.monotonic()
             assert type(_failure(_s3(server.port), timeout_s=0.3)) is StoreUnavailable
             assert time.monotonic() - started < 10
+
+    @pytest.mark.parametrize("scheme", ["s3", "http"])
+    @pytest.mark.parametrize("verb", ["get", "put", "list", "delete"])
+    def test_nothing_hangs(self, scheme: str, verb: str) -> None:
+        """Whatever is asked of a server that never answers is abandoned at the timeout, and the text says which."""
+        ask: dict[str, Callable[[Store], object]] = {
+            "get": lambda store: store.get("a", timeout_s=0.3, max_bytes=1),
+            "put": lambda store: store.put("a", b"1", timeout_s=0.3),
+            "list": lambda store: store.list(timeout_s=0.3),
+            "delete": lambda store: store.delete("a", timeout_s=0.3),
+        }
+        with _raw(None) as server:
+            store = _s3(server.port) if scheme == "s3" else open_store(f"http://127.0.0.1:{server.port}/x")
+            if (scheme, verb) == ("http", "delete"):
+                with pytest.raises(StoreError):  # there is no such thing; it does not hang either
+                    ask[verb](store)
+                return
+            with pytest.raises(StoreUnavailable, match=rf"{verb} failed: .*0\.3 s"):
+                watched(lambda: ask[verb](store))
+
+    def test_an_endless_listing_ends(self) -> None:
+        """A server that sends the same page again and again, each time promising another, is an error."""
+        page = (
+            b"<?xml version='1.0'?><ListBucketResult><IsTruncated>true</IsTruncated><Contents><Key>x/a</Key>"
+            b"<Size>1</Size></Contents><NextContinuationToken>t</NextContinuationToken></ListBucketResult>"
+        )
+        with _raw(_answer("200 OK", page, "Content-Type: application/xml")) as server:
+            with pytest.raises(StoreError, match="the same page for ever"):
+                watched(_s3(server.port).list)
+            assert len(server.requests) == 2
+
+    def test_http_that_nobody_answers_is_no_missing_file(self) -> None:
+        """A refused connection or an unknown host is transient, with its reason; a 404 is a missing object."""
+        with socket.create_server(("127.0.0.1", 0)) as unused:
+            port = unused.getsockname()[1]
+        for url, reason in ((f"http://127.0.0.1:{port}/x", "Connect"), ("http://nowhere.invalid/x", "ClientConnector")):
+            with pytest.raises(StoreUnavailable, match=reason) as caught:
+                open_store(url).get("a", timeout_s=20, max_bytes=10)
+            assert url in str(caught.value)
+        for status, kind in (
+            ("404 Not Found", ObjectMissing), ("403 Forbidden", AccessDenied), ("503 Slow", StoreUnavailable),
+        ):  # fmt: skip
+            with _raw(_answer(status)) as server, pytest.raises(kind, match=f"HTTP {status[:3]}"):
+                open_store(f"http://127.0.0.1:{server.port}/x").get("a", timeout_s=20, max_bytes=10)
 
     def test_closed_port(self) -> None:
         """Nobody listening is known at once, and transient: servers restart."""
