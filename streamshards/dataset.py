@@ -9,11 +9,13 @@ from dataclasses import dataclass
 from operator import index as whole_number
 from typing import Any, Final, Literal, TypeVar
 
+from streamshards.clock import unix_ns
 from streamshards.engine.access import RandomAccess
 from streamshards.engine.blocks import loaded_sizes
 from streamshards.engine.cache import NodeCache
 from streamshards.engine.cachefolder import CacheFolder
 from streamshards.engine.catalog import load_index
+from streamshards.engine.eviction import Pass, Shards
 from streamshards.engine.fetch import Fetcher
 from streamshards.engine.labels import Labels
 from streamshards.engine.prefetch import BatchStream
@@ -223,7 +225,9 @@ class StreamingDataset(EpochDataset):
         if not -self.num_samples <= number < self.num_samples:
             raise IndexError(f"sample {number} of {self.num_samples:,} in {self.url}")
         if self._access is None:
-            fetcher = self._fetcher(self._index, threading.Event(), current_slot(), self._emitter(current_slot()))
+            slot = current_slot()
+            whole = Pass(self._kept(_View(self._index, self._subset)), unix_ns())
+            fetcher = self._fetcher(self._index, whole, threading.Event(), slot, self._emitter(slot))
             self._access = RandomAccess(fetcher, self._schema, self._subset)
         reader, row = self._access.find(number % self.num_samples)
         (sample,) = to_samples(reader.columns(self._schema, row, row + 1))
@@ -332,11 +336,12 @@ class StreamingDataset(EpochDataset):
         view = self._view(start)
         cancelled = threading.Event()
         emit = self._emitter(slot)
+        reader = Pass(self._kept(view), self._begin_pass(slot))
         return self._reading(
             EpochOrder(view.subset.rows, state.order, state.epoch, shards=view.subset.shards),
             assignment,
             period=state.order.lanes * state.order.chunk,
-            sources=[self._source(view, self._schema, cancelled, slot, emit)],
+            sources=[self._source(view, self._schema, reader, cancelled, slot, emit)],
             schema=self._schema,
             skip=state.worker_batches,
             cancelled=cancelled,
@@ -344,19 +349,26 @@ class StreamingDataset(EpochDataset):
         ).open(convert)
 
     def _source(
-        self, view: _View, schema: Schema, cancelled: threading.Event, slot: int, emit: Callable[[Event], None]
+        self,
+        view: _View,
+        schema: Schema,
+        reader: Pass,
+        cancelled: threading.Event,
+        slot: int,
+        emit: Callable[[Event], None],
     ) -> Source:
         """Return *view* as the engine reads it.
 
         Args:
             view: Of this dataset.
             schema: The fields to read, each at or above ours.
+            reader: Who reads.
             cancelled: Set to stop.
             slot: Of this process, for its counters.
             emit: Receives each event.
         """
         policy = LossPolicy(skip=self._on_corrupt == "skip", max_rows=self._max_lost_rows(view))
-        fetcher = self._fetcher(view.index, cancelled, slot, emit)
+        fetcher = self._fetcher(view.index, reader, cancelled, slot, emit)
         return Source(
             index=view.index,
             subset=view.subset,
@@ -367,7 +379,9 @@ class StreamingDataset(EpochDataset):
             emit=emit,
         )
 
-    def _fetcher(self, index: Index, cancelled: threading.Event, slot: int, emit: Callable[[Event], None]) -> Fetcher:
+    def _fetcher(
+        self, index: Index, reader: Pass, cancelled: threading.Event, slot: int, emit: Callable[[Event], None]
+    ) -> Fetcher:
         return Fetcher(
             self._store,
             index,
@@ -379,7 +393,13 @@ class StreamingDataset(EpochDataset):
             emit=emit,
             trust_pickle=self._trust_pickle,
             cache=self._node_cache(),
+            reader=reader,
         )
+
+    def _kept(self, view: _View) -> tuple[Shards, ...]:
+        """Return the shards of *view* as the node cache keeps them; nothing if there is none."""
+        cache = self._node_cache()
+        return () if cache is None else (cache.shards_of(view.index, view.subset.shards),)
 
     def _node_cache(self) -> NodeCache | None:
         """Return this process's view of the node cache; None if there is to be none."""

@@ -11,9 +11,10 @@ from dataclasses import replace
 from functools import partial
 from typing import Any, TypeVar
 
+import torch
 from torch.utils.data import IterableDataset, default_collate
 
-from streamshards.clock import SystemClock
+from streamshards.clock import SystemClock, unix_ns
 from streamshards.engine.guard import end_with_parent
 from streamshards.engine.labels import Labels
 from streamshards.engine.prefetch import BatchStream
@@ -28,6 +29,7 @@ from streamshards.plan.schedule import SampleOrder
 from streamshards.plan.state import MAX_EPOCH, State, mismatch
 from streamshards.plan.topology import Topology
 from streamshards.runtime import (
+    MAX_WORKERS,
     RankSource,
     answered_rank,
     chosen_rank,
@@ -36,6 +38,7 @@ from streamshards.runtime import (
     current_worker,
     is_shared,
     shared_counters,
+    shared_zeros,
     usable_cores,
 )
 from streamshards.shard.columns import Columns, to_batch, to_owned_samples, to_samples
@@ -99,6 +102,8 @@ class EpochDataset(IterableDataset[Any]):
         self._progress: _Progress | None = None
         self._followed_generation = -1
         """Of ``_start``, when a StreamingDataLoader last began to iterate."""
+        self._begun = shared_zeros(1 + MAX_WORKERS, 2)
+        """When the latest two passes of each slot began, as ``unix_ns``: workers that are made anew don't know it."""
 
     def __getstate__(self) -> dict[str, Any]:
         self._own()
@@ -114,6 +119,8 @@ class EpochDataset(IterableDataset[Any]):
         self.__dict__.update(state)
         if not is_shared(self._counts):  # copied or unpickled: workers that are made here would not see it
             self._counts = shared_counters()
+        if not is_shared(self._begun):
+            self._begun = shared_zeros(1 + MAX_WORKERS, 2)
 
     def __copy__(self: EpochDatasetT) -> EpochDatasetT:
         """Return the same dataset at the same place, which from now on has epochs of its own."""
@@ -379,6 +386,13 @@ class EpochDataset(IterableDataset[Any]):
             counters=Counters(self._counts[slot]),
             emit=self._emitter(slot),
         )
+
+    def _begin_pass(self, slot: int) -> int:
+        """Note that the reader in *slot* begins a pass; return when the one before its previous one began, as
+        ``unix_ns``, or else its previous one, or else this."""
+        (before_last, last), now = self._begun[slot].tolist(), unix_ns()
+        self._begun[slot] = torch.tensor([last, now])
+        return int(before_last or last or now)
 
     def _emitter(self, slot: int) -> Callable[[Event], None]:
         return partial(emit, observer=self._observer, counters=Counters(self._counts[slot]))

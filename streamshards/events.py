@@ -118,7 +118,7 @@ Observer = Callable[[Event], None]
 COUNTERS: Final = (
     "samples", "batches", "shards_read", "bytes_read", "bytes_decoded",
     "retries", "shards_skipped", "rows_skipped", "slow_reads",
-    "cache_hits", "cache_misses", "cache_evicted", "cache_damaged", "bytes_cached",
+    "cache_hits", "cache_misses", "cache_evicted", "cache_full", "cache_damaged", "bytes_cached",
     "hedges", "hedges_won",
     "wait_ns", "fetch_ns", "decode_ns", "gather_ns",
 )  # fmt: skip

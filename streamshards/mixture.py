@@ -13,6 +13,7 @@ import torch
 import xxhash
 
 from streamshards.dataset import StreamingDataset
+from streamshards.engine.eviction import Pass
 from streamshards.engine.labels import Labels
 from streamshards.engine.prefetch import BatchStream
 from streamshards.engine.source import Source
@@ -299,18 +300,22 @@ class Mixture(EpochDataset):
                 f"{self.url}: a pass of {state.num_samples:,} samples is too short for {lanes:,} lanes; "
                 "use fewer (OrderOptions.lanes; by default one for each reader), or let it stop later"
             )
+        kept = (shards for source in self._sources.values() for shards in source._kept(source._view(start)))
+        reader = Pass(tuple(kept), self._begin_pass(slot))
         return self._reading(
             self._mixture_order(state.order, state.epoch, state.num_samples),
             assignment,
             period=lanes * chunk * -(-MIXTURE_BLOCK // chunk),
-            sources=[self._opened(source, start, cancelled, slot) for source in self._sources.values()],
+            sources=[self._opened(source, start, reader, cancelled, slot) for source in self._sources.values()],
             schema=self._schema,
             skip=state.worker_batches,
             cancelled=cancelled,
             slot=slot,
         ).open(convert)
 
-    def _opened(self, source: StreamingDataset, start: Start, cancelled: threading.Event, slot: int) -> Source:
+    def _opened(
+        self, source: StreamingDataset, start: Start, reader: Pass, cancelled: threading.Event, slot: int
+    ) -> Source:
         """Return *source* as the engine reads it: in the mixture's form of its fields, its events told to both."""
         fields = tuple(field for field in self._schema.fields if source.schema.field(field.path) is not None)
         of_source = source._emitter(slot)
@@ -321,7 +326,7 @@ class Mixture(EpochDataset):
             if observer is not None:
                 observer(event)
 
-        return source._source(source._view(start), Schema(fields, source.schema.empty), cancelled, slot, emit)
+        return source._source(source._view(start), Schema(fields, source.schema.empty), reader, cancelled, slot, emit)
 
 
 def _require_sources(sources: object) -> None:

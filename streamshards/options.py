@@ -169,9 +169,11 @@ class CacheOptions:
     directory: str | os.PathLike[str] | None = None
     """Where it lies. None: ``$XDG_CACHE_HOME/streamshards``, or ``~/.cache/streamshards``."""
     budget_bytes: int | str = 64 * GiB
-    """Disk that the cache may use, all processes together; what was not used for longest goes first."""
+    """Disk that the cache may use, all processes together. Once it is full, a new shard takes the place of what nobody
+    has used for two epochs, and of nothing else; it is not stored if there is no such thing."""
     keep_free_bytes: int | str = 10 * GiB
-    """Disk to leave free for others: the cache shrinks, and stores nothing more, rather than take it."""
+    """Disk to leave free for others: the cache shrinks, least recently used first, and stores nothing more, rather than
+    take it."""
     mode: CacheMode = "raw"
     """``"raw"`` keeps shards decoded: several times the disk, no decoding after the first epoch. ``"compressed"`` keeps
     them as they came. Foreign ``.pt`` files are always kept as they came."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import itertools
 import multiprocessing
 import os
 import pickle
@@ -206,6 +207,100 @@ def test_no_descriptor_is_left(url: str, cache: ss.CacheOptions) -> None:
     assert len(os.listdir("/proc/self/fd")) <= len(before)
 
 
+# -- smaller than the data ---------------------------------------------------------------------------------------------
+
+
+def disk_of(*urls: str, mode: Any, place: Path) -> int:
+    """Return the disk that all shards of some datasets take in a cache."""
+    options = cache_in(place, mode)
+    for url in urls:
+        for _ in ss.StreamingDataset(url, cache=options):
+            pass
+    folder = CacheFolder(str(options.directory), budget_bytes=1, keep_free_bytes=0)
+    return sum(entry.nbytes for entry in folder.entries())
+
+
+@pytest.mark.parametrize("shuffle", [True, False])
+@pytest.mark.parametrize("mode", MODES)
+def test_half_a_cache_gives_half_the_hits(tmp_path: Path, url: str, mode: Any, shuffle: bool) -> None:
+    """From the second epoch on, shuffled as well as in order; nothing is evicted, and nothing is told."""
+    budget = disk_of(url, mode=mode, place=tmp_path / "whole") // 2
+    events: list[Event] = []
+    options = cache_in(tmp_path, mode, budget_bytes=budget)
+    ds = ss.StreamingDataset(url, batch_size=50, shuffle=shuffle, seed=SEED, cache=options, observer=events.append)
+    hits = [0]
+    for _ in range(3):
+        assert sum(len(batch["id"]) for batch in ds) == NUM_SAMPLES
+        hits.append(int(ds.stats()["cache_hits"]))
+    rates = [(after - before) / ds.index.num_shards for before, after in itertools.pairwise(hits)]
+    assert rates[0] == 0
+    assert min(rates[1:]) >= 0.45
+    assert (ds.stats()["cache_evicted"], events) == (0, [])
+    assert 0 < ds.stats()["cache_full"] <= ds.stats()["cache_misses"] - len(entries(tmp_path))
+
+
+def test_single_samples_keep_what_is_there(tmp_path: Path, url: str) -> None:
+    """``ds[i]`` over a dataset of twice the cache: half of its shards are hits the second time."""
+    options = cache_in(tmp_path, budget_bytes=disk_of(url, mode="raw", place=tmp_path / "whole") // 2)
+    for lowest in (0.0, 0.45):
+        ds = ss.StreamingDataset(url, cache=options)
+        for number in range(NUM_SAMPLES):
+            assert int(ds[number]["id"]) == number
+        assert ds.stats()["cache_hits"] / ds.index.num_shards >= lowest
+        assert ds.stats()["cache_evicted"] == 0
+
+
+@pytest.mark.parametrize("num_workers", [0, 1])
+def test_training_and_validation_in_turn_leave_each_other_alone(tmp_path: Path, url: str, num_workers: int) -> None:
+    """In one process, and in workers that are made anew for each epoch: once both have been read, nothing is evicted,
+    validation is all hits, and training has those that the rest of the cache can give."""
+    other = str(tmp_path / "other")
+    write(other, range(5000, 5000 + NUM_SAMPLES // 4))
+    budget = disk_of(url, other, mode="raw", place=tmp_path / "whole") * 6 // 10
+    options = cache_in(tmp_path, budget_bytes=budget)
+    train, valid = (ss.StreamingDataset(place, batch_size=50, shuffle=True, cache=options) for place in (url, other))
+    loaders = [ss.StreamingDataLoader(ds, num_workers=num_workers) for ds in (train, valid)]
+    for epoch in range(4):
+        if epoch == 1:
+            evicted = train.stats()["cache_evicted"], valid.stats()["cache_evicted"]
+            before = train.stats()["cache_hits"]
+        for loader in loaders:
+            ids(loader)
+    assert (train.stats()["cache_evicted"], valid.stats()["cache_evicted"]) == evicted
+    assert valid.stats()["cache_hits"] == 3 * valid.index.num_shards
+    share = 0.6 * 1.25 - 0.25
+    assert (train.stats()["cache_hits"] - before) / 3 / train.index.num_shards >= share - 0.1
+
+
+def test_a_dataset_that_nobody_reads_any_more_gives_way(tmp_path: Path, url: str) -> None:
+    """The next one, of the cache's size, is stored in its first epoch, and all hits in the second."""
+    other = str(tmp_path / "other")
+    write(other, range(5000, 5000 + NUM_SAMPLES // 4))
+    options = cache_in(tmp_path, budget_bytes=disk_of(other, mode="raw", place=tmp_path / "whole") * 11 // 10)
+    for _ in ss.StreamingDataset(url, cache=options):
+        pass
+    ds = ss.StreamingDataset(other, cache=options)
+    for _ in range(2):
+        assert len(list(ds)) == NUM_SAMPLES // 4
+    assert ds.stats()["cache_evicted"] > 0
+    assert ds.stats()["cache_hits"] == ds.index.num_shards
+
+
+def test_the_sources_of_a_mixture_leave_each_other_alone(tmp_path: Path, url: str) -> None:
+    """Its passes may be so short that they use few shards of each: still all of them are its own."""
+    other = str(tmp_path / "other")
+    write(other, range(5000, 5000 + NUM_SAMPLES))
+    options = cache_in(tmp_path, budget_bytes=disk_of(url, other, mode="raw", place=tmp_path / "whole") // 2)
+    sources = {name: ss.StreamingDataset(place, cache=options) for name, place in (("a", url), ("b", other))}
+    mixed = ss.Mixture(sources, weights={"a": 0.5, "b": 0.5}, stop=NUM_SAMPLES // 3, batch_size=50)
+    for _ in range(12):
+        for _ in mixed:
+            pass
+    stats = mixed.stats()
+    assert stats["cache_evicted"] == 0
+    assert stats["cache_full"] > 0
+
+
 # -- options -----------------------------------------------------------------------------------------------------------
 
 
@@ -405,7 +500,7 @@ def _look(folder: CacheFolder, cache: ss.CacheOptions) -> int:
     """Return how many entries there are, and check that they are within the budget, unless an eviction is under way."""
     if not folder.require_safe():
         return 0
-    with contextlib.suppress(FileNotFoundError), folder._lock() as is_ours:
+    with contextlib.suppress(FileNotFoundError), folder._meter.lock() as is_ours:
         if is_ours:
             found = folder.entries()
             assert sum(entry.nbytes for entry in found) <= int(cache.budget_bytes)
@@ -441,7 +536,7 @@ def kill_at_random(url: str, cache: ss.CacheOptions, folder: CacheFolder, *, num
                 _check_epoch(ds, expected[epoch])
             assert events == []
             assert ds.stats()["cache_hits"] > 0
-            assert ds.stats()["bytes_cached"] > 0
+            assert ds.stats()["bytes_cached"] + ds.stats()["cache_full"] > 0
     return looked
 
 

@@ -11,15 +11,19 @@ import threading
 import weakref
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Final, TypeVar
 
 from streamshards.clock import Clock
-from streamshards.engine.cachefolder import Busy, CacheFolder, Identity, Refused, identity_of
+from streamshards.engine.cachefolder import Busy, CacheFolder, Full, Identity, Refused, identity_of
+from streamshards.engine.eviction import Kind, Pass, Shards
 from streamshards.errors import ShardCorrupt
 from streamshards.events import CacheDamaged, CacheOff, Counters, Event
 from streamshards.memory import LARGE_BYTES, map_memory
 from streamshards.options import CacheMode
+from streamshards.plan.index import Index
+from streamshards.plan.order import Int64Array
 from streamshards.shard.frames import FrameReader
 from streamshards.shard.payload import digest_of
 from streamshards.shard.raw import RawFile, raw_size, write_all, write_raw
@@ -28,9 +32,13 @@ from streamshards.storage.store import Blob
 T = TypeVar("T")
 
 PAUSE_S: Final = 600.0
-"""After the disk was full, nothing is stored for so long: others may make room."""
+"""After the disk was full, nothing is stored for so long: others may make room. A full cache is not looked through
+again for so long, or until the next pass: what is needed now will still be."""
 _MAX_OPEN: Final = 256
-"""Entries held open by one process at once, a quarter of the usual limit; further ones are read into memory."""
+"""Entries held open by one process at once, a quarter of the usual limit; further ones are opened for each read."""
+
+_open_files: Final = weakref.WeakSet[RawFile]()
+"""Those that are held open. No lock, which a fork could inherit: a few more do no harm."""
 
 _NO_LIMIT: Final = 1 << 62
 
@@ -54,7 +62,8 @@ class NodeCache:
         self._paused_until = float("-inf")
         self._has_told = False
         self._verified: dict[str, Identity] = {}
-        self._open: weakref.WeakSet[RawFile] = weakref.WeakSet()
+        self._full: tuple[Pass, float] | None = None
+        """The pass that found it full, and when it may look again."""
 
     def __repr__(self) -> str:
         return f"NodeCache({self._folder!r}, mode={self.mode!r})"
@@ -63,6 +72,14 @@ class NodeCache:
     def is_ours(self) -> bool:
         """Whether this process made it."""
         return self._pid == os.getpid()
+
+    def kind_of(self, index: Index) -> Kind:
+        """Return in which form the shards of *index* are kept."""
+        return "raw" if self.mode == "raw" and index.layout == "shard" else "object"
+
+    def shards_of(self, index: Index, numbers: Int64Array) -> Shards:
+        """Return shards *numbers* of *index*, as they are kept here."""
+        return Shards(index.digests, numbers, self.kind_of(index))
 
     # -- reading ---------------------------------------------------------------------------------------------------
 
@@ -108,7 +125,7 @@ class NodeCache:
             return None
         identity = identity_of(os.fstat(descriptor))
         try:
-            file = self._raw_file(descriptor, name, digest, max_raw_bytes)
+            file = self._raw_file(descriptor, name, identity, digest=digest, max_raw_bytes=max_raw_bytes)
             if self._verified.get(name) != identity:
                 file.verify()
                 self._verified[name] = identity
@@ -121,7 +138,8 @@ class NodeCache:
         self, digest: str, bad: Identity, *, url: str, cause: BaseException, emit: Callable[[Event], None]
     ) -> None:
         """Remove a decoded shard that failed while it was read. Arguments as for ``find_object``."""
-        self._drop(f"{digest}.raw", bad, url=url, cause=cause, emit=emit)
+        if not isinstance(cause.__cause__, FileNotFoundError):  # that is no damage: it was evicted
+            self._drop(f"{digest}.raw", bad, url=url, cause=cause, emit=emit)
 
     def _drop(
         self, name: str, bad: Identity | None, *, url: str, cause: BaseException, emit: Callable[[Event], None]
@@ -143,24 +161,25 @@ class NodeCache:
                 self._tell(str(error), emit)
             return None
 
-    def _raw_file(self, descriptor: int, name: str, digest: str, max_raw_bytes: int) -> RawFile:
-        with self._lock:
-            keep_open = len(self._open) < _MAX_OPEN
+    def _raw_file(self, descriptor: int, name: str, identity: Identity, *, digest: str, max_raw_bytes: int) -> RawFile:
+        open_again = partial(self._folder.open_again, name, identity) if len(_open_files) >= _MAX_OPEN else None
         path = str(self._folder.path(name))
-        file = RawFile(descriptor, name=path, digest=digest, max_raw_bytes=max_raw_bytes, keep_open=keep_open)
+        file = RawFile(descriptor, name=path, digest=digest, max_raw_bytes=max_raw_bytes, open_again=open_again)
         if file.is_open:
-            with self._lock:
-                self._open.add(file)
+            _open_files.add(file)
         return file
 
     # -- writing ---------------------------------------------------------------------------------------------------
 
-    def keep_object(self, digest: str, data: Blob, *, counters: Counters, emit: Callable[[Event], None]) -> None:
+    def keep_object(
+        self, digest: str, data: Blob, *, reader: Pass, counters: Counters, emit: Callable[[Event], None]
+    ) -> None:
         """Store the shard as it lies in the store, if that is possible.
 
         Args:
             digest: Of *data*, verified.
             data: The shard.
+            reader: Who has read it.
             counters: Where bytes and evictions are counted.
             emit: Receives each event.
         """
@@ -168,16 +187,17 @@ class NodeCache:
         def write(descriptor: int) -> None:
             write_all(descriptor, data)
 
-        self._store(f"{digest}.object", len(data), write, counters, emit)
+        self._store(f"{digest}.object", len(data), write, reader, counters, emit)
 
     def keep_raw(
-        self, digest: str, frames: FrameReader, *, counters: Counters, emit: Callable[[Event], None]
+        self, digest: str, frames: FrameReader, *, reader: Pass, counters: Counters, emit: Callable[[Event], None]
     ) -> tuple[RawFile, Identity] | None:
         """Store the shard, decoded, and return what was stored, and which file it is in; None if that is not possible.
 
         Args:
             digest: Of the shard, verified.
             frames: The shard.
+            reader: Who has read it.
             counters: Where bytes and evictions are counted.
             emit: Receives each event.
         """
@@ -185,29 +205,50 @@ class NodeCache:
 
         def write(descriptor: int) -> tuple[RawFile, Identity]:
             write_raw(descriptor, frames, digest=digest)
-            file = self._raw_file(os.dup(descriptor), name, digest, frames.raw_bytes)
-            return file, identity_of(os.fstat(descriptor))
+            identity = identity_of(os.fstat(descriptor))
+            copy = os.dup(descriptor)
+            return self._raw_file(copy, name, identity, digest=digest, max_raw_bytes=frames.raw_bytes), identity
 
-        return self._store(name, raw_size(frames), write, counters, emit)
+        return self._store(name, raw_size(frames), write, reader, counters, emit)
 
     def _store(
-        self, name: str, nbytes: int, write: Callable[[int], T], counters: Counters, emit: Callable[[Event], None]
+        self,
+        name: str,
+        nbytes: int,
+        write: Callable[[int], T],
+        reader: Pass,
+        counters: Counters,
+        emit: Callable[[Event], None],
     ) -> T | None:
         """Return what *write* returns, once what it wrote is an entry; None if that is not possible."""
         if not self._is_usable(emit) or self._clock.now() < self._paused_until:
             return None
         try:
-            with self._folder.writing(name, nbytes) as (descriptor, num_evicted):
+            if self._was_full(reader) and not self._folder.has_changed(nbytes):
+                raise Full
+            with self._folder.writing(name, nbytes, reader) as (descriptor, num_evicted):
                 counters.add(cache_evicted=num_evicted)
                 result = write(descriptor)
-        except (Busy, FileNotFoundError, ShardCorrupt):  # FileNotFoundError: somebody clears the cache
+        except (Busy, Full) as error:
+            is_full = isinstance(error, Full)
+            counters.add(cache_evicted=error.num_evicted, cache_full=int(is_full))
+            if is_full and not self._was_full(reader):
+                self._full = (reader, self._clock.now() + PAUSE_S)
+            return None
+        except (FileNotFoundError, ShardCorrupt):  # FileNotFoundError: somebody clears the cache
             return None
         except (Refused, OSError) as error:
+            counters.add(cache_evicted=error.num_evicted if isinstance(error, Refused) else 0)
             self._paused_until = self._clock.now() + PAUSE_S
             self._tell(str(error), emit)
             return None
         counters.add(bytes_cached=nbytes)
         return result
+
+    def _was_full(self, reader: Pass) -> bool:
+        """Return whether *reader* has lately found that nothing may go."""
+        full = self._full
+        return full is not None and full[0] is reader and self._clock.now() < full[1]
 
     # -- the folder ------------------------------------------------------------------------------------------------
 

@@ -13,16 +13,7 @@ Theory:
 - *Reading needs no lock.* An entry appears by rename and goes by unlink; whoever has it open goes on reading it.
 - *A kill at any instant* leaves whole entries, and at most a file in ``new``, which the next eviction removes. Nothing
   is synced to the disk: after a power cut an entry may be damaged, and its first reader notices.
-- *The budget.* A writer makes its file, then appends a byte to the meter for each unit that the file will take. Appends
-  are atomic, and where its own ended tells the writer how much all have claimed. Only if that is within the budget does
-  it go on. So all writers together stay within it, if the meter is right. It is not trusted: each process scans once
-  before it first writes, and whoever finds it over the budget scans, evicts and sets it anew.
-- *Setting the meter.* Who evicts first makes it so long that no writer goes on. Claims from before have their file in
-  ``new``, which is scanned after, and counts with the size in its name; claims from then on fail, and may be lost. If
-  the evictor is killed, the next writer finds the meter too long, and evicts.
-- *The lock* is a POSIX record lock: the kernel gives it back at death, and a fork does not inherit it. Nobody waits for
-  another process: who does not get the lock does not store what it has. The lock does not tell threads apart; within a
-  process they take turns.
+- *The budget* is kept by a meter and a lock, see ``cachemeter``; what goes from a full cache, ``eviction`` decides.
 """
 
 from __future__ import annotations
@@ -32,64 +23,49 @@ import os
 import shutil
 import stat
 import sys
-import threading
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Final, NamedTuple
 
 from streamshards.clock import unix_ns
-from streamshards.shard.raw import write_all
-
-if sys.platform != "win32":
-    import fcntl
+from streamshards.engine.cachemeter import Meter, disk_bytes
+from streamshards.engine.eviction import Entry, Pass, Verdict, allowance, decide
 
 FORMAT: Final = "v1"
 """Of the whole folder. Another format gets another name, and finds nothing of this one."""
-_UNIT_BYTES: Final = 4096
-_SLACK: Final = 16
-"""An eviction leaves 1/16 of the budget free, so that not every new entry needs one."""
 _STALE_NS: Final = 3600 * 10**9
 """No entry takes an hour to write."""
 _OPEN_FLAGS: Final = (
     os.O_RDONLY | getattr(os, "O_CLOEXEC", 0) | getattr(os, "O_NOFOLLOW", 0) | getattr(os, "O_NONBLOCK", 0)
 )
 _NEW: Final = "new"
-_CLOSED_BYTES: Final = 1 << 48
-"""What the meter says while it is set: more than any budget."""
-
-_TURN_S: Final = 5.0
-"""An eviction takes milliseconds, or what it takes to unlink a sixteenth of the cache."""
-
-_evicting = threading.Lock()
+_ANYBODY: Final = Pass()
 
 
-def _forget_parent() -> None:
-    """A thread of the parent may have held it when we were forked."""
-    global _evicting
-    _evicting = threading.Lock()
+class NotStored(Exception):
+    """An entry was not stored.
+
+    Args:
+        text: Why.
+        num_evicted: How many entries went all the same.
+    """
+
+    def __init__(self, text: str = "", num_evicted: int = 0) -> None:
+        super().__init__(text)
+        self.num_evicted = num_evicted
 
 
-if hasattr(os, "register_at_fork"):
-    os.register_at_fork(after_in_child=_forget_parent)
+class Busy(NotStored):
+    """Not now: another process is making room, or writes what takes it."""
 
 
-class Refused(Exception):
+class Full(NotStored):
+    """Not in this pass: there is no room beside what is needed."""
+
+
+class Refused(NotStored):
     """Nothing may be stored; the text says why."""
-
-
-class Busy(Exception):
-    """This entry cannot be stored now: another process is making room."""
-
-
-class Entry(NamedTuple):
-    """A file of the cache."""
-
-    path: Path
-    nbytes: int
-    """Of disk."""
-    used_ns: int
-    """When it was last used."""
 
 
 class Identity(NamedTuple):
@@ -108,29 +84,8 @@ class Eviction:
     num_evicted: int
     cached_bytes: int
     """What is left, files that are being written included."""
-    allowed_bytes: int
-
-
-def disk_bytes(nbytes: int) -> int:
-    """Return what a file of *nbytes* takes on disk."""
-    return -(-nbytes // _UNIT_BYTES) * _UNIT_BYTES
-
-
-def allowance(cached_bytes: int, *, free_bytes: int, budget_bytes: int, keep_free_bytes: int) -> int:
-    """Return how much the cache may take: the budget, and no more than leaves *keep_free_bytes* free."""
-    return max(0, min(budget_bytes, cached_bytes + free_bytes - keep_free_bytes))
-
-
-def evictable(entries: Sequence[Entry], *, allowed_bytes: int) -> list[Entry]:
-    """Return what must go, least recently used first, so that the rest fits. Touches nothing."""
-    excess = sum(entry.nbytes for entry in entries) - allowed_bytes
-    gone: list[Entry] = []
-    for entry in sorted(entries, key=lambda entry: (entry.used_ns, entry.path)):
-        if excess <= 0:
-            break
-        gone.append(entry)
-        excess -= entry.nbytes
-    return gone
+    verdict: Verdict = "granted"
+    """On the entry that room was wanted for."""
 
 
 def identity_of(status: os.stat_result) -> Identity:
@@ -153,6 +108,7 @@ class CacheFolder:
         self._root = self._home / FORMAT
         self._budget_bytes = budget_bytes
         self._keep_free_bytes = keep_free_bytes
+        self._meter = Meter(self._root)
         self._is_scanned = False
 
     def __repr__(self) -> str:
@@ -227,6 +183,19 @@ class CacheFolder:
             raise
         return descriptor
 
+    def open_again(self, name: str, identity: Identity) -> int:
+        """Return a descriptor of entry *name*, which the caller closes, if it still is the file of that *identity*.
+
+        Raises:
+            FileNotFoundError: It is not.
+            OSError: It cannot be opened.
+        """
+        descriptor = os.open(self.path(name), _OPEN_FLAGS)
+        if identity_of(os.fstat(descriptor)) != identity:
+            os.close(descriptor)
+            raise FileNotFoundError(f"{self.path(name)} is another file now")
+        return descriptor
+
     def is_no_file(self, name: str) -> bool:
         """Return whether something else than a file lies under the name of an entry."""
         try:
@@ -247,21 +216,22 @@ class CacheFolder:
     # -- writing ---------------------------------------------------------------------------------------------------
 
     @contextlib.contextmanager
-    def writing(self, name: str, nbytes: int) -> Iterator[tuple[int, int]]:
+    def writing(self, name: str, nbytes: int, reader: Pass = _ANYBODY) -> Iterator[tuple[int, int]]:
         """Yield a descriptor to write entry *name* to, and how many entries were evicted for it.
 
         The entry appears when the block ends without an exception. The descriptor is closed in any case.
 
         Raises:
-            Busy: Another process is making room.
-            Refused: There is no room.
+            Busy: Not now.
+            Full: There is no room beside what *reader* and others need.
+            Refused: There is no room at all.
             OSError: The disk did not take it.
         """
         if disk_bytes(nbytes) > self._budget_bytes:
             raise Refused(f"a shard takes {nbytes:,} bytes, budget_bytes is {self._budget_bytes:,}")
         descriptor, path = self._create(nbytes)
         try:
-            yield descriptor, self._make_room(nbytes)
+            yield descriptor, self._make_room(nbytes, reader)
             target = self.path(name)
             with contextlib.suppress(FileExistsError):
                 os.mkdir(target.parent, 0o700)
@@ -270,6 +240,18 @@ class CacheFolder:
             os.close(descriptor)
             with contextlib.suppress(OSError):
                 path.unlink(missing_ok=True)
+
+    def has_changed(self, nbytes: int) -> bool:
+        """Return whether it is worth another try, after a ``Full``, to store *nbytes*: somebody made room, or others
+        fill the disk. Costs a few calls of the system.
+
+        Raises:
+            OSError: It cannot be told.
+        """
+        try:
+            return self._has_room(nbytes) or self._free_bytes() < self._keep_free_bytes
+        except FileNotFoundError:  # somebody removed the folder
+            return True
 
     def _create(self, nbytes: int) -> tuple[int, Path]:
         path = self._root / _NEW / f"{os.getpid()}-{os.urandom(8).hex()}-{nbytes}.tmp"
@@ -280,53 +262,61 @@ class CacheFolder:
             self.make()
             return os.open(path, flags, 0o600), path
 
-    def _make_room(self, nbytes: int) -> int:
+    def _make_room(self, nbytes: int, reader: Pass) -> int:
         """Return how many entries had to go so that a file of *nbytes*, already in ``new``, may grow to its size."""
-        claimed = self._claim(disk_bytes(nbytes))
-        is_roomy = claimed <= self._budget_bytes and self._free_bytes() - nbytes >= self._keep_free_bytes
-        if self._is_scanned and is_roomy:
+        # Looked at first: a claim that fails stays in the meter until somebody evicts.
+        if self._is_scanned and self._has_room(nbytes) and self._meter.claim(disk_bytes(nbytes)) <= self._budget_bytes:
             return 0
-        done = self.evict()
+        done = self.evict(nbytes, reader)
         if done is None:
             raise Busy
         self._is_scanned = True
-        if done.cached_bytes > done.allowed_bytes == self._budget_bytes:
-            raise Busy  # with what others are writing
-        if done.cached_bytes > done.allowed_bytes:
-            raise Refused(
-                f"{self._free_bytes():,} bytes are free on the disk, keep_free_bytes is {self._keep_free_bytes:,}"
-            )
-        return done.num_evicted
+        if done.verdict == "granted":
+            return done.num_evicted
+        if done.verdict != "refused":
+            kind = Busy if done.verdict == "busy" else Full
+            raise kind(num_evicted=done.num_evicted)
+        free = self._free_bytes()
+        text = f"{free:,} bytes are free on the disk, keep_free_bytes is {self._keep_free_bytes:,}"
+        raise Refused(text, done.num_evicted)
+
+    def _has_room(self, nbytes: int) -> bool:
+        """Return whether a file of *nbytes* seems to fit."""
+        is_within = self._meter.reading() + disk_bytes(nbytes) <= self._budget_bytes
+        return is_within and self._free_bytes() - nbytes >= self._keep_free_bytes
 
     # -- evicting --------------------------------------------------------------------------------------------------
 
-    def evict(self) -> Eviction | None:
-        """Remove stale files, and entries if there are too many; None if another process is at it.
+    def evict(self, new_bytes: int = 0, reader: Pass = _ANYBODY) -> Eviction | None:
+        """Remove stale files, and what ``eviction`` says must go; None if another process is at it.
+
+        Args:
+            new_bytes: Of a file, already in ``new``, that room is wanted for; the meter counts it if it is granted.
+            reader: Whose it is.
 
         Raises:
             OSError: The folder cannot be read or written.
         """
-        with self._lock() as is_ours:
+        with self._meter.lock() as is_ours:
             if not is_ours:
                 return None
-            self._set_meter(_CLOSED_BYTES)
+            self._meter.close()
             pending, unwritten = self._pending()  # first: what becomes an entry meanwhile counts twice, not never
             entries = self.entries()
-            cached = sum(entry.nbytes for entry in entries) + pending
+            ours = disk_bytes(new_bytes)
+            others = max(0, pending - ours)
             allowed = allowance(
-                cached,
+                sum(entry.nbytes for entry in entries) + pending,
                 free_bytes=self._free_bytes() - unwritten,
                 budget_bytes=self._budget_bytes,
                 keep_free_bytes=self._keep_free_bytes,
             )
-            gone: list[Entry] = []
-            if cached > allowed:
-                gone = evictable(entries, allowed_bytes=allowed - allowed // _SLACK - pending)
-            for entry in gone:
+            done = decide(entries, new_bytes=ours, pending_bytes=others, allowed_bytes=allowed, reader=reader)
+            for entry in done.gone:
                 entry.path.unlink(missing_ok=True)
-            left = cached - sum(entry.nbytes for entry in gone)
-            self._set_meter(left)
-            return Eviction(len(gone), left, allowed)
+            cached = done.left_bytes + others + (ours if done.verdict == "granted" else 0)
+            self._meter.set(cached)
+            return Eviction(len(done.gone), cached, done.verdict)
 
     def entries(self) -> list[Entry]:
         """Return all entries, in no order."""
@@ -354,14 +344,14 @@ class CacheFolder:
             OSError: Something cannot be removed.
         """
         if not self.require_safe():
-            return Eviction(0, 0, 0)
+            return Eviction(0, 0)
         entries = self.entries()
         for entry in entries:
             entry.path.unlink(missing_ok=True)
         with contextlib.suppress(FileNotFoundError):
             self._pending()
         shutil.rmtree(self._root, ignore_errors=True)  # what lives comes back
-        return Eviction(len(entries), sum(entry.nbytes for entry in entries), 0)
+        return Eviction(len(entries), sum(entry.nbytes for entry in entries))
 
     def _pending(self) -> tuple[int, int]:
         """Return what the files in ``new`` will take, and how much of it they don't yet; remove those of the dead."""
@@ -377,54 +367,8 @@ class CacheFolder:
                 unwritten += max(0, nbytes - status.st_size)
         return pending, unwritten
 
-    @contextlib.contextmanager
-    def _lock(self) -> Iterator[bool]:
-        ours = _evicting
-        if not ours.acquire(timeout=_TURN_S):
-            yield False
-            return
-        try:
-            descriptor = self._open_own("lock", os.O_RDWR)
-            try:
-                yield _try_lock(descriptor)
-            finally:
-                os.close(descriptor)
-        finally:
-            ours.release()
-
-    def _claim(self, nbytes: int) -> int:
-        """Add *nbytes* to the meter; return what it said just after."""
-        descriptor = self._open_own("meter", os.O_WRONLY | os.O_APPEND)
-        try:
-            write_all(descriptor, bytes(nbytes // _UNIT_BYTES))
-            # Not the file's size: it may have been set meanwhile, and what we added be lost.
-            return os.lseek(descriptor, 0, os.SEEK_CUR) * _UNIT_BYTES
-        finally:
-            os.close(descriptor)
-
-    def _set_meter(self, nbytes: int) -> None:
-        descriptor = self._open_own("meter", os.O_WRONLY)
-        try:
-            os.ftruncate(descriptor, nbytes // _UNIT_BYTES)
-        finally:
-            os.close(descriptor)
-
-    def _open_own(self, name: str, flags: int) -> int:
-        flags |= os.O_CREAT | getattr(os, "O_CLOEXEC", 0) | getattr(os, "O_NOFOLLOW", 0)
-        return os.open(self._root / name, flags, 0o600)
-
     def _free_bytes(self) -> int:
         return shutil.disk_usage(self._root).free
-
-
-def _try_lock(descriptor: int) -> bool:
-    if sys.platform == "win32":
-        return True
-    try:
-        fcntl.lockf(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except (BlockingIOError, PermissionError):  # which of them, POSIX leaves open
-        return False
-    return True
 
 
 def _scan(folder: str | Path) -> list[os.DirEntry[str]]:

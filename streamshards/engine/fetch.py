@@ -28,6 +28,7 @@ from streamshards.clock import Clock
 from streamshards.engine.cache import NodeCache
 from streamshards.engine.cachefolder import Identity
 from streamshards.engine.catalog import INDEX_KEY, Catalog
+from streamshards.engine.eviction import Pass
 from streamshards.engine.ranges import PartFetcher, Wanted, is_hopeless
 from streamshards.engine.retry import Cancelled, circuit_of, with_retries
 from streamshards.errors import (
@@ -104,6 +105,7 @@ class Fetcher:
         emit: Receives each event.
         trust_pickle: Allow foreign ``.pt`` files to run code.
         cache: Shards on this machine's disk.
+        reader: Who fetches; says what may go from the cache for a new shard.
     """
 
     def __init__(
@@ -119,6 +121,7 @@ class Fetcher:
         emit: Callable[[Event], None],
         trust_pickle: bool = False,
         cache: NodeCache | None = None,
+        reader: Pass | None = None,
     ) -> None:
         self._store = store
         self._index = index
@@ -131,6 +134,7 @@ class Fetcher:
         self._trust_pickle = trust_pickle
         self._circuit = circuit_of(store, clock)
         self._cache = cache
+        self._reader = Pass() if reader is None else reader
         self._under_way: dict[int, _Fetch] = {}
         self._parts = self._part_fetcher() if cache is None else None
         # Not the errors themselves: their tracebacks would keep the shards' bytes.
@@ -264,7 +268,7 @@ class Fetcher:
         """Return the shard as the cache has it, verified; None if it has not, or not what the index promises."""
         url, digest = self.url_of(shard), self._index.digests[shard]
         try:
-            if self._is_kept_raw(cache):
+            if cache.kind_of(self._index) == "raw":
                 raw_bytes = int(self._index.raw_sizes[shard])
                 raw = cache.find_raw(digest, url=url, max_raw_bytes=raw_bytes, emit=self._emit)
                 return None if raw is None else self._open_raw(cache, shard, *raw)
@@ -276,19 +280,16 @@ class Fetcher:
     def _keep(self, cache: NodeCache, shard: int, data: Blob, reader: ShardReader) -> ShardReader:
         """Put a shard that came from the store into the cache, if that is possible; return it, open."""
         digest = self._index.digests[shard]
-        if not self._is_kept_raw(cache):
-            cache.keep_object(digest, data, counters=self._counters, emit=self._emit)
+        if cache.kind_of(self._index) == "object":
+            cache.keep_object(digest, data, reader=self._reader, counters=self._counters, emit=self._emit)
             return reader
         assert isinstance(reader, FramedShard)  # for mypy: that is its layout
         started = self._clock.now()
-        raw = cache.keep_raw(digest, reader.frames, counters=self._counters, emit=self._emit)
+        raw = cache.keep_raw(digest, reader.frames, reader=self._reader, counters=self._counters, emit=self._emit)
         if raw is None:
             return reader
         self._counters.add(decode_ns=int((self._clock.now() - started) * 1e9), bytes_decoded=reader.raw_bytes)
         return self._open_raw(cache, shard, *raw)
-
-    def _is_kept_raw(self, cache: NodeCache) -> bool:
-        return cache.mode == "raw" and self._index.layout == "shard"
 
     def _open_raw(self, cache: NodeCache, shard: int, file: RawFile, identity: Identity) -> ShardReader:
         url, digest = self.url_of(shard), self._index.digests[shard]

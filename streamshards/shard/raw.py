@@ -22,25 +22,23 @@ short or a disk that fails is an error, which the store can mend; in a mapping i
 
 from __future__ import annotations
 
+import contextlib
 import os
 import struct
 import threading
 import weakref
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Final
 
 import xxhash
 
 from streamshards.errors import ShardCorrupt
-from streamshards.options import KiB, MiB
+from streamshards.options import MiB
 from streamshards.shard.frames import MAX_DIRECTORY_BYTES, FrameReader
 from streamshards.shard.payload import Payload
 
 MAGIC: Final = b"ss-raw\r\n"
 VERSION: Final = 1
-SMALL_BYTES: Final = 128 * KiB
-"""Files up to this size are read whole and closed: thousands of tiny shards may be open at once, descriptors not."""
-
 _HEADER: Final = struct.Struct("<8sIIQ16s16s")
 _CHECK: Final = struct.Struct("<Q")
 _PREFIX_BYTES: Final = _HEADER.size + _CHECK.size
@@ -88,7 +86,15 @@ def write_all(descriptor: int, data: bytes | memoryview) -> None:
 class RawFile:
     """A :class:`Payload` in a file. Threads may share it."""
 
-    def __init__(self, descriptor: int, *, name: str, digest: str, max_raw_bytes: int, keep_open: bool = True) -> None:
+    def __init__(
+        self,
+        descriptor: int,
+        *,
+        name: str,
+        digest: str,
+        max_raw_bytes: int,
+        open_again: Callable[[], int] | None = None,
+    ) -> None:
         """Read and check the header and the sizes; the contents are ``verify``'s to check.
 
         Args:
@@ -96,19 +102,20 @@ class RawFile:
             name: The file, for messages.
             digest: Which shard it must be.
             max_raw_bytes: Refuse a larger payload.
-            keep_open: False reads the file into memory and closes it at once, as is done with small ones.
+            open_again: Returns another descriptor of the very same file, or raises OSError: FileNotFoundError if it is
+                gone. With it, none is held between two reads. What it raises is the cause of a read's ShardCorrupt.
 
         Raises:
             ShardCorrupt: It is no such file, or cannot be read.
         """
         self.name = name
         self._descriptor = descriptor
-        self._memory: memoryview | None = None
+        self._open_again: Callable[[], int] | None = None
         self._close = weakref.finalize(self, os.close, descriptor)
         try:
             self._open(digest, max_raw_bytes)
-            if not keep_open or self._start + self.raw_bytes <= SMALL_BYTES:
-                self._memory = self._read(0, self._start + self.raw_bytes)
+            if open_again is not None:
+                self._open_again = open_again
                 self._close()
         except BaseException:
             self._close()
@@ -170,17 +177,26 @@ class RawFile:
         return out
 
     def _fill(self, at: int, out: memoryview) -> None:
-        if self._memory is not None:
-            out[:] = self._memory[at : at + len(out)]
-            return
         try:
-            while out:
-                count = os.preadv(self._descriptor, [out], at)
-                if not count:
-                    raise self._corrupt(f"it ends at byte {at:,}")
-                out, at = out[count:], at + count
+            with self._file() as descriptor:
+                while out:
+                    count = os.preadv(descriptor, [out], at)
+                    if not count:
+                        raise self._corrupt(f"it ends at byte {at:,}")
+                    out, at = out[count:], at + count
         except OSError as error:
             raise self._corrupt(f"byte {at:,} cannot be read: {error}") from error
+
+    @contextlib.contextmanager
+    def _file(self) -> Iterator[int]:
+        if self._open_again is None:
+            yield self._descriptor
+            return
+        descriptor = self._open_again()
+        try:
+            yield descriptor
+        finally:
+            os.close(descriptor)
 
     def _corrupt(self, text: str) -> ShardCorrupt:
         return ShardCorrupt(f"{self.name}: {text}")

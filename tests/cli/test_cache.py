@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import os
+import re
 from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 import streamshards as ss
 from streamshards.cli.codes import ExitCode
@@ -88,3 +90,27 @@ def test_an_unsafe_cache_is_refused(filled: Path, call: Any, command: str) -> No
 def test_a_url_is_no_folder(call: Any) -> None:
     """The cache is on this machine."""
     assert_error(call("cache", "info", "--directory", "s3://bucket/cache"), ExitCode.USAGE, "a folder of this machine")
+
+
+def test_the_page_shows_what_is_printed(tmp_path: Path, call: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """docs/cli.md, but for the folder and the sizes: after an epoch of its dataset of twelve files."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    os.mkdir("digits")
+    rng = torch.Generator().manual_seed(0)
+    for number in range(12):
+        image = torch.randint(0, 17, (150, 8, 8), generator=rng).to(torch.uint8)
+        label = torch.randint(0, 10, (150,), generator=rng)
+        torch.save({"image": image, "label": label, "source": [f"page {number}"] * 150}, f"digits/part-{number}.pt")
+    assert call("pack", "digits", "train", "--shard-bytes", "32KiB").code == 0
+    assert len(list(ss.StreamingDataset("train", cache=ss.CacheOptions(keep_free_bytes=0)))) == 1800
+    page = (Path(__file__).resolve().parents[2] / "docs" / "cli.md").read_text(encoding="utf-8")
+    shown = page.split("## cache: ")[1].split("```console\n")[1].split("```")[0]
+    shown = shown.replace(
+        "/home/me/.cache/streamshards/user-1000", str(tmp_path / f"cache/streamshards/user-{os.geteuid()}")
+    )
+    printed = "".join(
+        f"$ {command}\n{call(*command.split()[1:]).out}" for command in re.findall(r"^\$ (.*)$", shown, re.M)
+    )
+    sizes = re.compile(r"[\d.]+ KiB")
+    assert sizes.sub("size", printed) == sizes.sub("size", shown)

@@ -14,27 +14,21 @@ import stat
 import subprocess
 import sys
 import threading
+import tracemalloc
 from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any, Final
 
+import numpy as np
 import pytest
 import torch
-from hypothesis import given
-from hypothesis import strategies as st
 
+from streamshards.clock import unix_ns
 from streamshards.engine.cache import PAUSE_S, NodeCache
-from streamshards.engine.cachefolder import (
-    FORMAT,
-    Busy,
-    CacheFolder,
-    Entry,
-    Refused,
-    allowance,
-    disk_bytes,
-    evictable,
-    identity_of,
-)
+from streamshards.engine.cachefolder import FORMAT, Busy, CacheFolder, Refused, identity_of
+from streamshards.engine.cachemeter import disk_bytes
+from streamshards.engine.eviction import Entry, Pass
 from streamshards.engine.fetch import Fetcher
 from streamshards.errors import ShardCorrupt
 from streamshards.events import CacheDamaged, CacheOff
@@ -42,42 +36,15 @@ from streamshards.options import KiB, MiB
 from streamshards.plan.index import Index
 from streamshards.shard.frames import FrameReader
 from streamshards.shard.payload import FramedShard, PayloadShard, encode
-from streamshards.shard.raw import SMALL_BYTES, BackedPayload, RawFile, raw_size, write_all, write_raw
+from streamshards.shard.raw import BackedPayload, RawFile, raw_size, write_all, write_raw
 from streamshards.shard.reader import ShardReader
 from streamshards.testing import FakeClock, FaultyStore, MemoryStore
-from tests.engine.rig import Rig, columns_of, ids_of, join_all, numbered, sample, watched
+from tests.engine.rig import Rig, columns_of, dataset_of, ids_of, join_all, numbered, sample, watched
 
 ROWS: Final = 30
 NUM_SHARDS: Final = 6
 MODES: Final = ("raw", "compressed")
 ENDLESS: Final = 1 << 50
-
-
-# -- what goes first ---------------------------------------------------------------------------------------------------
-
-ENTRIES = st.lists(st.tuples(st.integers(0, 50), st.integers(0, 5)), max_size=12).map(
-    lambda pairs: [Entry(Path(str(number)), size, used) for number, (size, used) in enumerate(pairs)]
-)
-
-
-@given(ENTRIES, st.integers(0, 300))
-def test_the_least_recently_used_go_and_no_more_than_must(entries: list[Entry], allowed: int) -> None:
-    """What stays fits; whatever goes was used no later than whatever stays; with one fewer gone it would not fit."""
-    gone = evictable(entries, allowed_bytes=allowed)
-    kept = [entry for entry in entries if entry not in gone]
-    assert sum(entry.nbytes for entry in kept) <= allowed
-    if kept:
-        assert all(entry.used_ns <= min(k.used_ns for k in kept) for entry in gone)
-    if gone:
-        assert sum(entry.nbytes for entry in [*kept, gone[-1]]) > allowed
-
-
-def test_the_allowance_is_the_budget_or_what_leaves_the_disk_its_share() -> None:
-    """With room enough the budget; else what is cached already, less what must become free; never below nothing."""
-    assert allowance(50, free_bytes=1000, budget_bytes=100, keep_free_bytes=10) == 100
-    assert allowance(50, free_bytes=30, budget_bytes=100, keep_free_bytes=10) == 70
-    assert allowance(50, free_bytes=0, budget_bytes=100, keep_free_bytes=10) == 40
-    assert allowance(5, free_bytes=0, budget_bytes=100, keep_free_bytes=10) == 0
 
 
 # -- the file of a decoded shard ---------------------------------------------------------------------------------------
@@ -103,8 +70,9 @@ def raw_bytes(tmp_path: Path, shard: tuple[bytes, str]) -> bytes:
 
 
 def opened(path: Path, digest: str, *, max_raw_bytes: int = ENDLESS, keep_open: bool = True) -> RawFile:
+    again = None if keep_open else partial(os.open, path, os.O_RDONLY)
     descriptor = os.open(path, os.O_RDONLY)
-    return RawFile(descriptor, name="entry", digest=digest, max_raw_bytes=max_raw_bytes, keep_open=keep_open)
+    return RawFile(descriptor, name="entry", digest=digest, max_raw_bytes=max_raw_bytes, open_again=again)
 
 
 def num_descriptors() -> int:
@@ -175,7 +143,7 @@ def test_a_large_file_is_read_in_place_and_closed_with_its_reader(tmp_path: Path
     """Several frames; the descriptor lives as long as the reader; a removed file goes on being readable."""
     data, digest = big_shard()
     stored = raw_bytes(tmp_path, (data, digest))
-    assert len(stored) > 10 * MiB > SMALL_BYTES
+    assert len(stored) > 10 * MiB
     before = num_descriptors()
     file = opened(tmp_path / "raw", digest)
     file.verify()
@@ -345,7 +313,7 @@ def test_one_process_evicts_and_the_others_go_on(tmp_path: Path) -> None:
     read, write = os.pipe()
     holder = os.fork()
     if not holder:
-        with folder._lock() as is_ours:
+        with folder._meter.lock() as is_ours:
             os.write(write, b"1" if is_ours else b"0")
             signal.pause()
     assert os.read(read, 1) == b"1"
@@ -364,7 +332,7 @@ def test_a_forked_child_does_not_inherit_the_lock(tmp_path: Path) -> None:
     """A child of a process that evicts can outlive it without holding anything up."""
     folder = folder_of(tmp_path)
     folder.make()
-    with folder._lock() as is_ours:
+    with folder._meter.lock() as is_ours:
         assert is_ours
         child = os.fork()
         if not child:
@@ -419,7 +387,7 @@ def test_the_budget_holds_while_several_processes_write(tmp_path: Path) -> None:
         writer.start()
     most = looks = 0
     while any(writer.is_alive() for writer in writers):
-        with folder._lock() as is_ours:  # else what we count may not have been there at one time
+        with folder._meter.lock() as is_ours:  # else what we count may not have been there at one time
             if is_ours:
                 most = max(most, sum(entry.nbytes for entry in folder.entries()))
                 looks += 1
@@ -493,10 +461,19 @@ class Cached:
         self.rig = Rig(FaultyStore(MemoryStore(store.objects), script), index, clock=self.clock)
         self.folder = folder
         self.mode = mode
-        self.fetcher = self.new_process()
+        self.new_process()
 
-    def new_process(self) -> Fetcher:
-        """Return a fetcher that has seen nothing of the cache yet."""
+    def new_process(self) -> None:
+        """From now on use a fetcher that has seen nothing of the cache yet."""
+        self.cache = NodeCache(self.folder, mode=self.mode, clock=self.rig.clock)
+        self._begin(Pass())
+
+    def begin_pass(self) -> None:
+        """From now on use a fetcher of a new pass, whose entries may not go."""
+        own = self.cache.shards_of(self.rig.index, np.arange(self.rig.index.num_shards))
+        self._begin(Pass((own,), unix_ns()))
+
+    def _begin(self, reader: Pass) -> None:
         rig = self.rig
         self.fetcher = Fetcher(
             rig.store,
@@ -507,9 +484,9 @@ class Cached:
             cancelled=rig.cancelled,
             counters=rig.counters,
             emit=rig.emit,
-            cache=NodeCache(self.folder, mode=self.mode, clock=rig.clock),
+            cache=self.cache,
+            reader=reader,
         )
-        return self.fetcher
 
     def is_right(self, shard: int = 1) -> bool:
         got = ids_of(self.fetcher.fetch(shard).columns())
@@ -621,11 +598,8 @@ def test_an_entry_that_is_written_to_is_verified_again(cached: Cached) -> None:
     assert cached.counts == (1, 2, 1, 0)
 
 
-def test_damage_under_a_reader_costs_a_fetch_and_no_row(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, good: tuple[MemoryStore, Index]
-) -> None:
+def test_damage_under_a_reader_costs_a_fetch_and_no_row(tmp_path: Path, good: tuple[MemoryStore, Index]) -> None:
     """A file that is cut after it was opened and verified: its rows come from the store, and the entry is removed."""
-    monkeypatch.setattr("streamshards.shard.raw.SMALL_BYTES", 0)  # so that the file is held open
     cached = Cached(good, folder_of(tmp_path), "raw")
     reader = cached.fetcher.fetch(1)
     os.truncate(cached.entry(), 100)
@@ -638,11 +612,8 @@ def rows_of(readers: Sequence[ShardReader]) -> list[int]:
     return [number for reader in readers for number in ids_of(reader.columns())]
 
 
-def test_eviction_does_not_disturb_readers(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, good: tuple[MemoryStore, Index]
-) -> None:
+def test_eviction_does_not_disturb_readers(tmp_path: Path, good: tuple[MemoryStore, Index]) -> None:
     """Readers opened before their entries were evicted give every row, without the store."""
-    monkeypatch.setattr("streamshards.shard.raw.SMALL_BYTES", 0)
     cached = Cached(good, folder_of(tmp_path), "raw")
     readers = [cached.fetcher.fetch(shard) for shard in range(NUM_SHARDS)]
     cached.folder.clear()
@@ -653,8 +624,7 @@ def test_eviction_does_not_disturb_readers(
 def test_more_open_entries_than_descriptors(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, good: tuple[MemoryStore, Index]
 ) -> None:
-    """Beyond a number of them, entries are read into memory; all descriptors are given back."""
-    monkeypatch.setattr("streamshards.shard.raw.SMALL_BYTES", 0)
+    """Beyond a number of them, entries are opened for each read; all descriptors are given back."""
     monkeypatch.setattr("streamshards.engine.cache._MAX_OPEN", 2)
     cached = Cached(good, folder_of(tmp_path), "raw")
     before = num_descriptors()
@@ -663,6 +633,92 @@ def test_more_open_entries_than_descriptors(
     assert rows_of(readers) == list(range(ROWS * NUM_SHARDS))
     del readers
     assert num_descriptors() == before
+
+
+def test_an_entry_that_is_opened_for_each_read_may_go_meanwhile(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, good: tuple[MemoryStore, Index]
+) -> None:
+    """Its rows then come from the store, and that is no damage; the same if another file has taken its place."""
+    monkeypatch.setattr("streamshards.engine.cache._MAX_OPEN", 0)
+    cached = Cached(good, folder_of(tmp_path), "raw")
+    readers = [cached.fetcher.fetch(shard) for shard in range(NUM_SHARDS)]
+    cached.folder.clear()
+    assert cached.is_right(0), "it is stored again"
+    assert rows_of(readers) == list(range(ROWS * NUM_SHARDS))
+    assert (cached.gets, cached.rig.events) == (NUM_SHARDS + 1 + NUM_SHARDS, [])
+    assert cached.entry(0).exists()
+
+
+def test_open_entries_take_no_memory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Small ones and more than there may be descriptors: what readers of decoded entries hold is less than the bytes
+    that the shards take in the store, which is what ``memory_bytes`` counts for them."""
+    monkeypatch.setattr("streamshards.engine.cache._MAX_OPEN", 8)
+    rng = torch.Generator().manual_seed(1)
+    noise = [torch.randn(8_000, generator=rng) for _ in range(24)]
+    store, index = dataset_of([[{"id": number, "x": values}] for number, values in enumerate(noise)])
+    cached = Cached((store, index), folder_of(tmp_path), "raw")
+    for shard in range(24):
+        cached.fetcher.fetch(shard)
+    cached.new_process()
+    tracemalloc.start()
+    try:
+        readers = [cached.fetcher.fetch(shard) for shard in range(24)]
+        held, _ = tracemalloc.get_traced_memory()
+    finally:
+        tracemalloc.stop()
+    assert cached.counts == (24, 24, 0, 0)
+    assert held < int(index.sizes.sum()) // 2
+    assert [ids_of(reader.columns()) for reader in readers] == [[number] for number in range(24)]
+
+
+def half(good: tuple[MemoryStore, Index], mode: str) -> int:
+    """Return the bytes of disk that half of the shards take."""
+    sizes = [len(data) if mode == "compressed" else raw_size(frames_of(data)) for data in good[0].objects.values()]
+    return sum(disk_bytes(size) for size in sizes) // 2
+
+
+def test_a_full_cache_keeps_what_it_has_and_costs_nothing(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, good: tuple[MemoryStore, Index]
+) -> None:
+    """Half of the shards fit. The others are counted and told to nobody, and only the first of them in a pass has the
+    folder looked through; in the next pass, and after a while, that is done once more."""
+    looks: list[int] = []
+    entries = CacheFolder.entries
+
+    def looked(folder: CacheFolder) -> list[Entry]:
+        looks.append(1)
+        return entries(folder)
+
+    monkeypatch.setattr(CacheFolder, "entries", looked)
+    cached = Cached(good, folder_of(tmp_path, budget_bytes=half(good, "raw")), "raw")
+    kept = NUM_SHARDS // 2
+    for passes in range(1, 4):
+        cached.begin_pass()
+        for _ in range(3):
+            assert all(cached.is_right(shard) for shard in range(NUM_SHARDS))
+        assert cached.rig.stats["cache_full"] == 3 * passes * (NUM_SHARDS - kept)
+        assert len(looks) == passes + 1, "the first scan of a process, and one a pass"
+    assert cached.counts == (kept * 8, kept * 10, 0, 0)
+    assert cached.rig.events == []
+    assert not cached.clock.wait(threading.Event(), PAUSE_S)
+    assert all(cached.is_right(shard) for shard in range(NUM_SHARDS))
+    assert len(looks) == 5
+
+
+def test_room_that_somebody_makes_is_taken_at_once(tmp_path: Path, good: tuple[MemoryStore, Index]) -> None:
+    """Also in a pass that has found the cache full; and if others fill the disk, it shrinks in that pass."""
+    cached = Cached(good, folder_of(tmp_path, budget_bytes=half(good, "raw")), "raw")
+    cached.begin_pass()
+    assert all(cached.is_right(shard) for shard in range(NUM_SHARDS))
+    assert not cached.entry(5).exists()
+    cached.folder.clear()
+    assert cached.is_right(5)
+    assert cached.entry(5).exists()
+    assert all(cached.is_right(shard) for shard in range(NUM_SHARDS))
+    assert cached.counts[3] == 0
+    cached.folder._keep_free_bytes = 2 * shutil.disk_usage(tmp_path).free
+    assert all(cached.is_right(shard) for shard in range(NUM_SHARDS))
+    assert cached.counts[3] == NUM_SHARDS // 2
 
 
 def test_threads_that_evict_each_others_entries(tmp_path: Path, good: tuple[MemoryStore, Index]) -> None:
@@ -763,7 +819,7 @@ if case == "others fill it":
         while True:
             filler.write(bytes(4096))
     except OSError:
-        filler.truncate(filler.tell() - 4096)
+        pass
 if case == "no large file":
     resource.setrlimit(resource.RLIMIT_FSIZE, (2000, 2000))
 for mode in MODES:
