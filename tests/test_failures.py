@@ -302,6 +302,14 @@ def check_retries(world: World, key: str, retries: int, cause: str) -> None:
     assert all(cause in event.cause for event in world.retried), world.retried
 
 
+def set_chance_stalls_aside(world: World, key: str) -> int:
+    """Return the retries on *key*; those on others must be stalls, which a busy machine has by itself at 0.3 s."""
+    others = [event for event in world.retried if event.url != f"{URL}/{key}"]
+    assert all("stalled" in event.cause for event in others), others
+    world.events[:] = [event for event in world.events if event not in others]
+    return len(world.retried)
+
+
 def run(world: World, row: Row, position: str, policy: str) -> list[dict[str, Any]]:
     if position != "index":
         world.opened(policy, row.retry)  # before the fault
@@ -324,12 +332,13 @@ def test_fault(world: World, caplog: pytest.LogCaptureFixture, row: Row, positio
     key = world.key_at(position)
     if isinstance(outcome, Right):
         check_samples(world, run(world, row, position, policy))
-        retries = len(world.retried) if not row.is_exact else outcome.retries
+        told = len(world.retried)
+        retries = outcome.retries if row.is_exact else set_chance_stalls_aside(world, key)
         assert retries >= 1
         check_retries(world, key, retries, outcome.cause)
         assert sum(request.fault is not None for request in world.proxy.requests) == row.times
         assert world.skipped == []
-        assert len(caplog.records) == retries
+        assert len(caplog.records) == told
     elif isinstance(outcome, Lost) and policy == "skip":
         shard = world.shard_at(position)
         check_samples(world, run(world, row, position, policy), lost=shard)

@@ -79,6 +79,8 @@ class _Fetch:
     not_before_s: float = 0.0
     """Until when the next attempt waits."""
     has_arrived: bool = False
+    is_hedged: bool = False
+    """Whether it has had its one second request."""
     cause: str = ""
 
     def describe(self, now_s: float) -> str:
@@ -382,7 +384,7 @@ class Fetcher:
         fetch.attempt += 1
         fetch.asked_at_s = self._clock.now()
         after_s = self._retry.hedge_s
-        hedge = None if after_s is None else Hedge(after_s, self._circuit.may_hedge)
+        hedge = None if after_s is None or fetch.is_hedged else Hedge(after_s, self._circuit.may_hedge)
         name, promised = self._index.names[shard], int(self._index.sizes[shard])
         try:
             if span is None:
@@ -394,6 +396,7 @@ class Fetcher:
         finally:
             fetch.asked_at_s = None
             if hedge is not None and hedge.is_asked:
+                fetch.is_hedged = True
                 self._emit(FetchHedged(self.url_of(shard), hedge.after_s, hedge.is_won))
 
     def _tell_retry(self, shard: int, event: FetchRetried) -> None:

@@ -179,10 +179,13 @@ def with_retries(
     earlier: list[str] = []  # the last attempt but one
 
     def wait_for_turn() -> None:
-        while pause_s := shared.claim(options.max_wait_s):
+        while True:
             left_s = started + deadline_s - clock.now()
-            if left_s <= 0:
+            if left_s <= 0:  # looked at before a turn is claimed: whoever has it must ask, and a timeout of 0 is none
                 raise StoreUnavailable(f"{what}: not asked: the store does not answer other requests either")
+            pause_s = shared.claim(options.max_wait_s)
+            if not pause_s:
+                return
             sleep(min(pause_s, left_s))
 
     def attempt() -> T:

@@ -305,6 +305,19 @@ def test_second_requests_are_counted_and_told(good: tuple[MemoryStore, Index]) -
         assert rig.stats["shards_read"] == 60
 
 
+def test_a_read_has_one_second_request(good: tuple[MemoryStore, Index]) -> None:
+    """However often a shard is fetched anew, it is asked for a second time once."""
+    rig = rig_of(good)
+    rig.store = Hedging({NAME: b"bad".ljust(int(rig.index.sizes[1]))})
+    rig.retry = replace(OPTIONS, hedge_s=0.5)
+    fetcher, circuit = rig.fetcher(), circuit_of(rig.store, rig.clock)
+    for _ in range(100):
+        circuit.read()
+    with pytest.raises(ShardCorrupt):
+        fetcher.fetch(1)
+    assert rig.stats["hedges"] == 1
+
+
 # -- damage -----------------------------------------------------------------------------------------------------------
 
 

@@ -241,6 +241,20 @@ def test_who_never_gets_a_turn_gives_up_at_the_deadline() -> None:
     assert clock.now() == OPTIONS.deadline_s
 
 
+def test_a_turn_that_comes_with_the_deadline_is_not_taken() -> None:
+    """An attempt always has time: when a wait ends at the deadline no request follows, and no turn is held."""
+    clock = FakeClock()
+    circuit = Circuit(clock)
+    for _ in range(16):
+        circuit.failed(OPTIONS.deadline_s, OPTIONS)
+    action = Attempts(clock, 0)
+    with pytest.raises(StoreUnavailable, match="does not answer other requests either"):
+        _retry(action, clock, circuit=circuit)
+    assert action.timeouts == []
+    clock.advance(OPTIONS.max_wait_s)
+    assert circuit.claim(8) == 0
+
+
 def test_cancelling_ends_the_wait_for_a_turn() -> None:
     """Behind an open circuit, too, no request follows."""
     cancelled = threading.Event()
