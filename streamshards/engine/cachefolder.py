@@ -268,7 +268,7 @@ class CacheFolder:
     def _make_room(self, nbytes: int, reader: Pass, known: tuple[Pass] | None) -> int:
         """Return how many entries had to go so that a file of *nbytes*, already in ``new``, may grow to its size.
 
-        *known* is what was known of a full cache before: threads that waited while one looked through it don't do it too.
+        *known* is what was known of a full cache before: threads that waited while one looked through it don't.
         """
         # Looked at first: a claim that fails stays in the meter until somebody evicts.
         if self._is_scanned and self._has_room(nbytes) and self._meter.claim(disk_bytes(nbytes)) <= self._budget_bytes:
