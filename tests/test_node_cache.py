@@ -292,8 +292,9 @@ def test_the_sources_of_a_mixture_leave_each_other_alone(tmp_path: Path, url: st
     write(other, range(5000, 5000 + NUM_SAMPLES))
     options = cache_in(tmp_path, budget_bytes=disk_of(url, other, mode="raw", place=tmp_path / "whole") // 2)
     sources = {name: ss.StreamingDataset(place, cache=options) for name, place in (("a", url), ("b", other))}
-    mixed = ss.Mixture(sources, weights={"a": 0.5, "b": 0.5}, stop=NUM_SAMPLES // 3, batch_size=50)
-    for _ in range(12):
+    order = ss.OrderOptions(shuffle_block=50)
+    mixed = ss.Mixture(sources, weights={"a": 0.5, "b": 0.5}, stop=200, batch_size=50, order=order)
+    for _ in range(24):
         for _ in mixed:
             pass
     stats = mixed.stats()

@@ -110,6 +110,8 @@ class CacheFolder:
         self._keep_free_bytes = keep_free_bytes
         self._meter = Meter(self._root)
         self._is_scanned = False
+        self._full: tuple[Pass] | None = None
+        """Who was told last that it is full; another tuple each time."""
 
     def __repr__(self) -> str:
         return f"CacheFolder({str(self._home)!r})"
@@ -229,9 +231,10 @@ class CacheFolder:
         """
         if disk_bytes(nbytes) > self._budget_bytes:
             raise Refused(f"a shard takes {nbytes:,} bytes, budget_bytes is {self._budget_bytes:,}")
+        known = self._full
         descriptor, path = self._create(nbytes)
         try:
-            yield descriptor, self._make_room(nbytes, reader)
+            yield descriptor, self._make_room(nbytes, reader, known)
             target = self.path(name)
             with contextlib.suppress(FileExistsError):
                 os.mkdir(target.parent, 0o700)
@@ -262,12 +265,15 @@ class CacheFolder:
             self.make()
             return os.open(path, flags, 0o600), path
 
-    def _make_room(self, nbytes: int, reader: Pass) -> int:
-        """Return how many entries had to go so that a file of *nbytes*, already in ``new``, may grow to its size."""
+    def _make_room(self, nbytes: int, reader: Pass, known: tuple[Pass] | None) -> int:
+        """Return how many entries had to go so that a file of *nbytes*, already in ``new``, may grow to its size.
+
+        *known* is what was known of a full cache before: threads that waited while one looked through it don't.
+        """
         # Looked at first: a claim that fails stays in the meter until somebody evicts.
         if self._is_scanned and self._has_room(nbytes) and self._meter.claim(disk_bytes(nbytes)) <= self._budget_bytes:
             return 0
-        done = self.evict(nbytes, reader)
+        done = self.evict(nbytes, reader, known)
         if done is None:
             raise Busy
         self._is_scanned = True
@@ -287,12 +293,13 @@ class CacheFolder:
 
     # -- evicting --------------------------------------------------------------------------------------------------
 
-    def evict(self, new_bytes: int = 0, reader: Pass = _ANYBODY) -> Eviction | None:
+    def evict(self, new_bytes: int = 0, reader: Pass = _ANYBODY, known: tuple[Pass] | None = None) -> Eviction | None:
         """Remove stale files, and what ``eviction`` says must go; None if another process is at it.
 
         Args:
             new_bytes: Of a file, already in ``new``, that room is wanted for; the meter counts it if it is granted.
             reader: Whose it is.
+            known: As for ``_make_room``.
 
         Raises:
             OSError: The folder cannot be read or written.
@@ -300,6 +307,9 @@ class CacheFolder:
         with self._meter.lock() as is_ours:
             if not is_ours:
                 return None
+            full = self._full if new_bytes else None
+            if full is not None and full is not known and full[0] is reader and not self.has_changed(new_bytes):
+                return Eviction(0, self._meter.reading(), "full")
             self._meter.close()
             pending, unwritten = self._pending()  # first: what becomes an entry meanwhile counts twice, not never
             entries = self.entries()
@@ -316,6 +326,8 @@ class CacheFolder:
                 entry.path.unlink(missing_ok=True)
             cached = done.left_bytes + others + (ours if done.verdict == "granted" else 0)
             self._meter.set(cached)
+            if done.verdict == "full":
+                self._full = (reader,)
             return Eviction(len(done.gone), cached, done.verdict)
 
     def entries(self) -> list[Entry]:

@@ -39,7 +39,7 @@ from streamshards.shard.payload import FramedShard, PayloadShard, encode
 from streamshards.shard.raw import BackedPayload, RawFile, raw_size, write_all, write_raw
 from streamshards.shard.reader import ShardReader
 from streamshards.testing import FakeClock, FaultyStore, MemoryStore
-from tests.engine.rig import Rig, columns_of, dataset_of, ids_of, join_all, numbered, sample, watched
+from tests.engine.rig import Rig, columns_of, dataset_of, ids_of, join_all, numbered, sample, until, watched
 
 ROWS: Final = 30
 NUM_SHARDS: Final = 6
@@ -703,6 +703,34 @@ def test_a_full_cache_keeps_what_it_has_and_costs_nothing(
     assert not cached.clock.wait(threading.Event(), PAUSE_S)
     assert all(cached.is_right(shard) for shard in range(NUM_SHARDS))
     assert len(looks) == 5
+
+
+def test_threads_that_find_it_full_at_once_look_through_it_once(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, good: tuple[MemoryStore, Index]
+) -> None:
+    """Those that wait for the first to look believe it."""
+    looks: list[int] = []
+    entries = CacheFolder.entries
+    new = home(tmp_path) / FORMAT / "new"
+    kept = NUM_SHARDS // 2
+
+    def looked(folder: CacheFolder) -> list[Entry]:
+        looks.append(1)
+        if len(looks) > 1:
+            until(lambda: len(os.listdir(new)) == NUM_SHARDS - kept)
+        return entries(folder)
+
+    monkeypatch.setattr(CacheFolder, "entries", looked)
+    cached = Cached(good, folder_of(tmp_path, budget_bytes=half(good, "raw")), "raw")
+    cached.begin_pass()
+    assert all(cached.is_right(shard) for shard in range(kept))
+    rest = range(kept, NUM_SHARDS)
+    threads = [threading.Thread(target=cached.is_right, args=(shard,), daemon=True) for shard in rest]
+    for thread in threads:
+        thread.start()
+    join_all(threads)
+    assert len(looks) == 2, "the first scan of a process, and one that finds it full"
+    assert cached.rig.stats["cache_full"] == NUM_SHARDS - kept
 
 
 def test_room_that_somebody_makes_is_taken_at_once(tmp_path: Path, good: tuple[MemoryStore, Index]) -> None:
