@@ -3,6 +3,7 @@
 PYTHON ?= python3
 VENV ?= .venv
 OUT ?= demo-out
+SECONDS ?= 600
 # Two processes, each a file at a time: much of what the tests do is waiting for processes and servers of their own.
 PYTEST_ARGS ?= -n 2 --dist loadfile
 
@@ -13,7 +14,7 @@ PIP_INSTALL := $(BIN)/python -m pip install -qq --disable-pip-version-check
 # Code in the documents is laid out by hand, to be read beside its comments.
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test lint types bench soak clean
+.PHONY: help setup demo test lint types bench soak fuzz clean
 
 help: ## list these words
 	@sed -n 's/^\([a-z]*\):.*## \(.*\)/  make \1\t\2/p' $(MAKEFILE_LIST) | expand -t 14
@@ -40,6 +41,9 @@ bench: setup ## measure, side by side with pure zstd decoding
 
 soak: setup ## kill and resize real trainers, up to 10 minutes; every sample is checked
 	@$(BIN)/python -m tests.soak --chains 30 --seconds 600
+
+fuzz: setup ## feed mutated shards, indexes, cache entries, foreign files and states to the readers, 10 minutes (SECONDS=)
+	@$(BIN)/python -m tests.fuzz --seconds $(SECONDS)
 
 clean: ## remove everything these words made
 	rm -rf $(VENV) $(OUT) build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import re
+import unicodedata
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
@@ -21,8 +22,8 @@ from streamshards.plan.order import Int64Array
 
 FORMAT: Final = "streamshards"
 VERSION: Final = 1
-MAX_INDEX_BYTES: Final = 1 << 30
-"""Refuse an index whose JSON is larger: a million shards take about 100 MB."""
+MAX_INDEX_BYTES: Final = 1 << 28
+"""Refuse an index whose JSON is larger: a million shards take about 100 MB, and parsing takes up to 25 times that."""
 _MAX_COUNT: Final = 1 << 48
 """No shard has more rows or bytes than this."""
 _MAX_TOTAL: Final = 1 << 61
@@ -47,7 +48,10 @@ _BAD_NAME: Final = re.compile(
 
 def is_safe_name(name: object) -> bool:
     """Return whether *name* is a relative name that cannot leave the dataset's own place."""
-    return isinstance(name, str) and len(name) <= _MAX_NAME_CHARS and name.isprintable() and not _BAD_NAME.search(name)
+    if not isinstance(name, str) or len(name) > _MAX_NAME_CHARS or not name.isprintable() or _BAD_NAME.search(name):
+        return False
+    # Some file systems and gateways take a fullwidth ".." or "/" for the plain one.
+    return name.isascii() or not _BAD_NAME.search(unicodedata.normalize("NFKC", name))
 
 
 @dataclass(frozen=True, eq=False)
@@ -234,7 +238,7 @@ def _load_json(data: bytes, url: str) -> dict[str, Any]:
     if len(data) > MAX_INDEX_BYTES:
         raise IndexInvalid(f"{url}: {len(data):,} bytes of JSON; an index has at most {MAX_INDEX_BYTES:,}")
     try:
-        content = json.loads(data)
+        content = json.loads(data, object_pairs_hook=_without_twins)
     except (ValueError, RecursionError) as error:
         raise IndexInvalid(f"{url}: not JSON ({error or 'nested too deeply'}); rebuild the index") from error
     if not isinstance(content, dict) or content.get("format") != FORMAT:
@@ -246,6 +250,14 @@ def _load_json(data: bytes, url: str) -> dict[str, Any]:
         raise IndexInvalid(
             f"{url}: index version {version}, this streamshards reads up to {VERSION}; upgrade streamshards"
         )
+    return content
+
+
+def _without_twins(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """Return the object; one with a key that stands twice would be another one to another reader."""
+    content = dict(pairs)
+    if len(content) != len(pairs):
+        raise ValueError("a key stands twice in an object")
     return content
 
 

@@ -21,6 +21,7 @@ from streamshards.options import MiB
 from streamshards.shard.columns import Columns, RowBuffer
 from streamshards.shard.frames import inflate
 from streamshards.shard.payload import columns_of_payload
+from streamshards.shard.pickles import NeedsCode, Refused, require_loadable
 from streamshards.shard.schema import Schema
 
 Layout = Literal["auto", "shard", "columns", "rows", "samples", "sample"]
@@ -32,6 +33,13 @@ _ZSTD_MAGICS: Final = (b"\x28\xb5\x2f\xfd", *(bytes([0x50 + low, 0x2A, 0x4D, 0x1
 _GZIP_MAGIC: Final = b"\x1f\x8b"
 _GLOBAL: Final = re.compile(r"GLOBAL ([\w.]+)")
 _CHUNK_BYTES: Final = MiB
+_MAX_GROWTH: Final = 16
+_FREE_BYTES: Final = 64 * MiB
+"""The columns of a file may take so many times its size, and this: a name of 30 letters takes 2 bytes wherever it is
+repeated, and a small file may hold one number that was expanded to a column."""
+_MAX_OBJECTS: Final = 8
+_FREE_OBJECTS: Final = 1 << 19
+"""Python objects of a file, per byte of it, and more: a container that stands once may be referred to often."""
 
 
 def load_foreign(data: bytes | memoryview, *, name: str, max_raw_bytes: int, trust_pickle: bool = False) -> object:
@@ -41,10 +49,11 @@ def load_foreign(data: bytes | memoryview, *, name: str, max_raw_bytes: int, tru
         data: The whole object; how it is compressed is told from its bytes, not from its name.
         name: The shard, for messages.
         max_raw_bytes: Refuse to decompress to more than this.
-        trust_pickle: Run whatever code the pickle asks for. Only for files you made yourself.
+        trust_pickle: Run whatever code the pickle asks for. Only for files you made yourself; nothing is bounded then.
 
     Raises:
-        ShardCorrupt: Truncated, over *max_raw_bytes*, or not a ``torch.save`` file.
+        ShardCorrupt: Truncated, over *max_raw_bytes*, not a ``torch.save`` file, or one that asks for more memory than
+            its bytes account for (see ``pickles``).
         UnsafePickle: Unless trusted: the pickle needs classes torch does not consider safe; the text names the class
             and the two ways out.
         OptionInvalid: This torch cannot load a foreign pickle safely, and *trust_pickle* is not set.
@@ -54,12 +63,53 @@ def load_foreign(data: bytes | memoryview, *, name: str, max_raw_bytes: int, tru
         text = f"{name}: torch {torch.__version__} has known holes in loading foreign pickles safely"
         raise OptionInvalid(f"{text}; update to {safe}, or pass trust_pickle=True if you made these files yourself")
     raw = decompressed(data, name=name, max_raw_bytes=max_raw_bytes)
+    if trust_pickle:
+        return _loaded(raw, name, weights_only=False)
     try:
-        return torch.load(io.BytesIO(raw), map_location="cpu", weights_only=not trust_pickle)
+        require_loadable(memoryview(raw).cast("B"))
+    except Refused as error:
+        raise ShardCorrupt(f"{name}: torch.load cannot read it safely: {error}") from None
+    except NeedsCode as error:
+        raise _needs_code(name, str(error)) from None
+    payload = _loaded(raw, name, weights_only=True)
+    _require_no_more_than(payload, len(raw), name)
+    return payload
+
+
+def _loaded(raw: bytes | bytearray | memoryview, name: str, *, weights_only: bool) -> object:
+    try:
+        return torch.load(io.BytesIO(raw), map_location="cpu", weights_only=weights_only)
     except pickle.UnpicklingError as error:
         raise _refused(name, error) from error
     except Exception as error:  # torch.load raises what the damage happens to hit: KeyError, RuntimeError, EOFError, …
         raise ShardCorrupt(f"{name}: torch.load cannot read it: {_first_line(error)}") from error
+
+
+def _require_no_more_than(payload: object, raw_bytes: int, name: str) -> None:
+    """Raise ShardCorrupt if *payload* would take far more memory as columns than it did in its file.
+
+    A number may be expanded to a vast tensor, and what stands once in the file be referred to again and again.
+    """
+    bytes_left = _MAX_GROWTH * raw_bytes + _FREE_BYTES
+    objects_left = _MAX_OBJECTS * raw_bytes + _FREE_OBJECTS
+    waiting = [payload]
+    while waiting:
+        value = waiting.pop()
+        if isinstance(value, (torch.Tensor, dict)) and hasattr(value, "__dict__"):
+            vars(value).clear()  # a pickle may hang anything there, under the names of methods
+        if isinstance(value, torch.Tensor):
+            bytes_left -= value.numel() * value.dtype.itemsize
+        elif isinstance(value, dict):
+            waiting += value.keys()
+            waiting += value.values()
+        elif isinstance(value, (list, tuple, set)):
+            waiting += value
+        elif isinstance(value, (str, bytes, bytearray)):
+            bytes_left -= len(value)
+        objects_left -= 1
+        if objects_left < len(waiting) or bytes_left < 0:
+            what = "tensors that were expanded, or objects that stand in many places; save them as they are to be read"
+            raise ShardCorrupt(f"{name}: {raw_bytes:,} bytes that would become far more: {what}")
 
 
 def decompressed(data: bytes | memoryview, *, name: str, max_raw_bytes: int) -> bytes | bytearray | memoryview:
@@ -101,9 +151,13 @@ def _refused(name: str, error: pickle.UnpicklingError) -> StreamShardsError:
     match = _GLOBAL.search(str(error))
     if match is None:
         return ShardCorrupt(f"{name}: torch.load cannot read it safely: {_first_line(error)}")
+    return _needs_code(name, match[1])
+
+
+def _needs_code(name: str, path: str) -> UnsafePickle:
     return UnsafePickle(
-        f"{name}: the pickle needs {match[1]}, which torch does not load unless told that it is safe; either call "
-        f"torch.serialization.add_safe_globals([{match[1].rpartition('.')[2]}]) in every process, "
+        f"{name}: the pickle needs {path}, which torch does not load unless told that it is safe; either call "
+        f"torch.serialization.add_safe_globals([{path.rpartition('.')[2]}]) in every process, "
         "or pass trust_pickle=True, which runs any code in the file"
     )
 

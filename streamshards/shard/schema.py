@@ -361,7 +361,7 @@ def _shape_from_json(value: object, kind: str, where: str) -> tuple[int | None, 
     varying = len(sizes) - len(known)
     first_only = varying == 1 and bool(sizes) and sizes[0] is None
     fits = varying == 0 if kind == "tensor" else first_only or (varying == len(sizes) > 0)
-    if not plain or not fits or len(sizes) > MAX_DIMS or math.prod(known) >= 2**63:
+    if not plain or not fits or len(sizes) > MAX_DIMS or math.prod(max(1, size) for size in known) >= 2**63:
         raise IndexInvalid(f"{where}: {kind} with shape {_short(sizes)}")
     return tuple(sizes)
 
