@@ -510,7 +510,14 @@ def check_life(life: Life, logs: list[list[Pass]], figures: Figures) -> None:
         for rank, part in enumerate(parts):
             for step, batch in enumerate(part.batches):
                 at = state["position"] + step * life.global_batch + rank * life.batch_size
-                figures.out_of_order += batch != [ids[(at + i) % len(ids)] for i in range(life.batch_size)]
+                expected = [ids[(at + i) % len(ids)] for i in range(life.batch_size)]
+                if batch != expected:
+                    figures.out_of_order += 1
+                    print(
+                        f"life {life.number}, rank {rank}, workers {life.num_workers}, {state}: batch {step} of "
+                        f"{len(part.batches)} is {batch}, not {expected}",
+                        file=sys.stderr,
+                    )
 
 
 def surviving(lives: Sequence[Life]) -> Iterator[tuple[Life, int | None]]:

@@ -109,7 +109,7 @@ MAY_BE_DAMAGED: Final = frozenset("0123")
 STEPS_AFTER_WORKER: Final = 20
 """A life that goes on for so long did not need the worker that was killed: it had done its part."""
 WORKER_GONE: Final = ("RuntimeError: DataLoader worker", "in rebuild_storage_fd")
-"""What torch raises when a worker was killed: as such, or because it did not hand over the batch that it had promised."""
+"""What torch raises when a worker was killed: as such, or because a batch that it had promised did not come."""
 LATE: Final = 4
 """Lives that may still be ending while the next ones run."""
 LEFT_S: Final = 10.0
@@ -621,6 +621,8 @@ def check_leftovers(
             sockets = [path for path in found if path.name.startswith("pymp-")][: job.killed_workers[life.number]]
             figures.sockets_of_killed += len(sockets)
             ending = job.endings.get(life.number, "itself")
+            if ending == "worker":  # torch then tries out how many files it may open; its signal handler interrupts it
+                sockets += [path for path in found if path.name.startswith(("tmp", "torchinductor_"))]
             scratch += [f"{path}, of a life ended by: {ending}" for path in found if path not in sockets]
     figures.left_in_tmp += len(scratch)
     cached = left_in_cache(folder, damaged)
