@@ -39,8 +39,9 @@ types: setup ## mypy, strict
 bench: setup ## measure, side by side with pure zstd decoding
 	@$(BIN)/python benchmarks/run.py
 
-soak: setup ## kill and resize real trainers, up to 10 minutes; every sample is checked
-	@$(BIN)/python -m tests.soak --chains 30 --seconds 600
+soak: setup ## kill and resize real trainers; then 10 minutes of faults, kills and a full disk; every sample is checked
+	@$(BIN)/python -m tests.soak --chains 30 --seconds 180
+	@$(BIN)/python -m tests.soak faults --seconds 600
 
 fuzz: setup ## feed mutated shards, indexes, cache entries, foreign files and states to the readers, 10 minutes (SECONDS=)
 	@$(BIN)/python -m tests.fuzz --seconds $(SECONDS)

@@ -1,9 +1,9 @@
-"""``python -m tests.soak``: trainers do not import a ``__main__`` again, so that hundreds of them start in no time."""
+"""``python -m tests.soak [faults]``: trainers do not import a ``__main__`` again, so that hundreds start in no time."""
 
 from __future__ import annotations
 
 import sys
 
-from tests.soak.cluster import main
+from tests.soak import cluster, faults
 
-sys.exit(main())
+sys.exit(faults.main() if sys.argv[1:2] == ["faults"] else cluster.main())

@@ -35,7 +35,7 @@ import tempfile
 import time
 import warnings
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field, fields
 from multiprocessing import connection
 from multiprocessing.connection import Connection
@@ -63,7 +63,9 @@ START_S: Final = 1.0
 
 _forkserver = multiprocessing.get_context("forkserver")
 # What is imported here, no trainer waits for; numpy imports parts of itself only when they are used.
-_forkserver.set_forkserver_preload(["tests.soak.cluster", "streamshards.loader", "numpy.ma", "numpy.random"])
+_forkserver.set_forkserver_preload(
+    ["tests.soak.cluster", "tests.soak.faults", "streamshards.loader", "s3fs", "numpy.ma", "numpy.random"]
+)
 
 
 class Resume(NamedTuple):
@@ -108,6 +110,38 @@ class Life:
     def errors(self, rank: int) -> Path:
         return self.log(rank).with_suffix(".err")
 
+    # What another soak changes.
+
+    @property
+    def num_epochs(self) -> int:
+        """After how many epochs a run ends."""
+        return NUM_EPOCHS
+
+    def prepare(self, rank: int) -> None:
+        """Make this process the one of rank *rank*; the first thing it does."""
+
+    def open_dataset(self, topology: Topology | None) -> StreamingDataset:
+        """Return what this life's ranks read."""
+        return StreamingDataset(
+            self.url,
+            batch_size=self.batch_size,
+            shuffle=True,
+            seed=SEED,
+            tail=self.tail,  # type: ignore[arg-type]  # "pad" or "drop"
+            order=OrderOptions(lanes=self.lanes, shuffle_block=SHUFFLE_BLOCK),
+            topology=topology,
+        )
+
+    def describe(self, batch: dict[str, Any], loader: StreamingDataLoader) -> dict[str, Any]:
+        """Return what stands in the log of *batch*: its "ids", and what else is to be checked."""
+        if not torch.equal(batch["x"], content(batch["id"])):
+            raise AssertionError(f"life {self.number}: wrong content in {batch}")
+        return {"ids": batch["id"].tolist()}
+
+    def reference(self, state: dict[str, Any]) -> list[int]:
+        """Return the ids of the epoch of *state*, in order, as one rank that is never killed receives them."""
+        return _reference(self.url, state["lanes"], state["chunk"], state["shuffle_block"])[state["epoch"]]
+
 
 class Kill(NamedTuple):
     """When a life ends."""
@@ -131,7 +165,7 @@ def train(life: Life, rank: int, barrier: Connection, alive: Connection) -> None
     Args:
         life: What the cluster is.
         rank: Which rank of it.
-        barrier: To say that a step is done, and to hear that all have done it.
+        barrier: To say that a step is done, and to hear that all have done it, or that this is the last epoch.
         alive: Held open by this process and its workers: closed means that all of them are gone.
     """
     # Workers whose trainer is killed say so at length; it is shown if the life was to go on.
@@ -139,12 +173,13 @@ def train(life: Life, rank: int, barrier: Connection, alive: Connection) -> None
     warnings.simplefilter("ignore")  # torch warns of more workers than cores
     torch.set_num_threads(1)
     os.register_at_fork(after_in_child=barrier.close)  # it must close when the rank dies, not with its last worker
+    life.prepare(rank)
     topology = None
     if life.by_environment:
         os.environ.update(RANK=str(rank), WORLD_SIZE=str(life.world_size))
     else:
         topology = Topology(rank=rank, world_size=life.world_size)
-    dataset = open_dataset(life, topology)
+    dataset = life.open_dataset(topology)
     loader = StreamingDataLoader(
         dataset, num_workers=life.num_workers, multiprocessing_context="fork" if life.num_workers else None
     )
@@ -152,37 +187,26 @@ def train(life: Life, rank: int, barrier: Connection, alive: Connection) -> None
         loader.load_state_dict(life.resume.state)
     log = os.open(life.log(rank), os.O_WRONLY | os.O_APPEND | os.O_CREAT)
     batches = 0
-    for epoch in range(loader.state_dict()["epoch"], NUM_EPOCHS):
+    is_last = False
+    for epoch in range(loader.state_dict()["epoch"], life.num_epochs):
         if life.sets_epoch:
             dataset.set_epoch(epoch)
         iterator = iter(loader)
         write_line(log, {"state": loader.state_dict(), "batches": len(loader)})
         for batch in iterator:
-            if not torch.equal(batch["x"], content(batch["id"])):
-                raise AssertionError(f"life {life.number}, rank {rank}: wrong content in {batch}")
-            write_line(log, {"ids": batch["id"].tolist()})
+            write_line(log, life.describe(batch, loader))
             batches += 1
             barrier.send_bytes(f"{epoch}:{batches}".encode())
-            barrier.recv_bytes()
+            is_last = barrier.recv_bytes() == b"last"
             if rank == 0 and batches % life.save_every == 0:
                 save(life, batches, loader.state_dict())
         if rank == 0 and life.saves_at_end:
             save(life, batches, loader.state_dict())
+        if is_last:
+            break
     barrier.send_bytes(b"over")
     barrier.recv_bytes()
     alive.close()
-
-
-def open_dataset(life: Life, topology: Topology | None) -> StreamingDataset:
-    return StreamingDataset(
-        life.url,
-        batch_size=life.batch_size,
-        shuffle=True,
-        seed=SEED,
-        tail=life.tail,  # type: ignore[arg-type]  # "pad" or "drop"
-        order=OrderOptions(lanes=life.lanes, shuffle_block=SHUFFLE_BLOCK),
-        topology=topology,
-    )
 
 
 def content(numbers: torch.Tensor) -> torch.Tensor:
@@ -287,6 +311,9 @@ class Processes:
             waiting.difference_update(gone)  # type: ignore[arg-type]  # they are the connections we passed
         for end in (*self.barriers, *self.alive):
             end.close()
+        for process in self.ranks:
+            if process.exitcode is not None:
+                process.close()
         return len(waiting)
 
 
@@ -340,7 +367,7 @@ def _serve(processes: Processes, kill: Kill | None, rng: random.Random, figures:
                 with contextlib.suppress(ConnectionError):  # it died by itself: the next look at it says so
                     barrier.send_bytes(b"go")
             if is_over:
-                return _finish(processes, figures)
+                return finish(processes, figures)
 
 
 def _kill(processes: Processes, kill: Kill, rng: random.Random) -> None:
@@ -350,8 +377,11 @@ def _kill(processes: Processes, kill: Kill, rng: random.Random) -> None:
             processes.kill(rank)
         return
     processes.kill(order[0])
-    # The others run on, up to the barrier, until the supervisor has noticed.
-    barrier = processes.barriers[order[0]]
+    wait_for_end(processes.barriers[order[0]])
+
+
+def wait_for_end(barrier: Connection) -> None:
+    """Return when the rank at *barrier* is gone. The others run on, up to the barrier, until the supervisor notices."""
     try:
         while barrier.poll(PATIENCE_S):
             barrier.recv_bytes()
@@ -359,7 +389,7 @@ def _kill(processes: Processes, kill: Kill, rng: random.Random) -> None:
         return
 
 
-def _finish(processes: Processes, figures: Figures) -> bool:
+def finish(processes: Processes, figures: Figures) -> bool:
     """Let ranks end by themselves; return whether they did so well."""
     for process in processes.ranks:
         process.join(PATIENCE_S)
@@ -431,6 +461,8 @@ class Pass(NamedTuple):
     num_batches: int
     """How many batches there were to come."""
     batches: list[list[int]]
+    lines: list[dict[str, Any]]
+    """What was described of each batch."""
 
 
 def read_log(path: Path) -> list[Pass]:
@@ -442,9 +474,10 @@ def read_log(path: Path) -> list[Pass]:
             break
         value = json.loads(line)
         if "state" in value:
-            passes.append(Pass(value["state"], value["batches"], []))
+            passes.append(Pass(value["state"], value["batches"], [], []))
         else:
             passes[-1].batches.append(value["ids"])
+            passes[-1].lines.append(value)
     return passes
 
 
@@ -463,28 +496,31 @@ def _reference(url: str, lanes: int, chunk: int, shuffle_block: int) -> list[lis
     return [[number for batch in dataset for number in batch["id"].tolist()] for _ in range(NUM_EPOCHS)]
 
 
-def reference_of(url: str, state: dict[str, Any]) -> list[list[int]]:
-    return _reference(url, state["lanes"], state["chunk"], state["shuffle_block"])
-
-
 def check_life(life: Life, logs: list[list[Pass]], figures: Figures) -> None:
     """Check that all that this life's ranks received, for good or not, was theirs, and that they were in step."""
     num_passes = max(len(log) for log in logs)
     for number in range(num_passes):
         parts = [log[number] for log in logs if number < len(log)]
-        state, num_batches, _ = parts[0]
+        state, num_batches = parts[0].state, parts[0].num_batches
         in_step = all((part.state, part.num_batches) == (state, num_batches) for part in parts)
         if number + 1 < num_passes:  # this epoch is over
             in_step &= all(len(part.batches) == num_batches for part in parts)
         figures.out_of_step += not in_step
-        ids = reference_of(life.url, state)[state["epoch"]]
+        ids = life.reference(state)
         for rank, part in enumerate(parts):
             for step, batch in enumerate(part.batches):
                 at = state["position"] + step * life.global_batch + rank * life.batch_size
-                figures.out_of_order += batch != [ids[(at + i) % len(ids)] for i in range(life.batch_size)]
+                expected = [ids[(at + i) % len(ids)] for i in range(life.batch_size)]
+                if batch != expected:
+                    figures.out_of_order += 1
+                    print(
+                        f"life {life.number}, rank {rank}, workers {life.num_workers}, {state}: batch {step} of "
+                        f"{len(part.batches)} is {batch}, not {expected}",
+                        file=sys.stderr,
+                    )
 
 
-def surviving(lives: list[Life]) -> Iterator[tuple[Life, int | None]]:
+def surviving(lives: Sequence[Life]) -> Iterator[tuple[Life, int | None]]:
     """Yield each life of whose batches some count, and how many; None for all of the last one's."""
     chosen: list[tuple[Life, int | None]] = [(lives[-1], None)]
     while (resume := chosen[-1][0].resume) is not None:
@@ -501,13 +537,15 @@ class EpochRead:
     padding: int = 0
 
 
-def timeline(lives: list[Life], logs: list[list[list[Pass]]]) -> list[EpochRead]:
+def timeline(lives: Sequence[Life], logs: list[list[list[Pass]]], num_epochs: int) -> list[EpochRead]:
     """Return what counts of a chain, epoch by epoch."""
-    epochs = [EpochRead() for _ in range(NUM_EPOCHS)]
+    epochs = [EpochRead() for _ in range(num_epochs)]
     for life, count in surviving(lives):
         left = sys.maxsize if count is None else count
         for parts in itertools.zip_longest(*logs[life.number]):
             part = next(part for part in parts if part is not None)
+            if part.state["epoch"] >= num_epochs:  # begun after the last checkpoint, and not again
+                break
             read = epochs[part.state["epoch"]]
             for step in range(min(left, part.num_batches)):
                 for mine in parts:
@@ -520,15 +558,22 @@ def timeline(lives: list[Life], logs: list[list[list[Pass]]]) -> list[EpochRead]
     return epochs
 
 
-def check_chain(lives: list[Life], figures: Figures) -> None:
-    """Compare all that the ranks of a chain logged with the order."""
-    logs = [[read_log(life.log(rank)) for rank in range(life.world_size)] for life in lives]
+def read_logs(lives: Sequence[Life]) -> list[list[list[Pass]]]:
+    """Return what each rank of each life logged."""
+    return [[read_log(life.log(rank)) for rank in range(life.world_size)] for life in lives]
+
+
+def check_chain(
+    lives: Sequence[Life], logs: list[list[list[Pass]]], figures: Figures, *, num_epochs: int = NUM_EPOCHS
+) -> None:
+    """Compare all that the ranks of a chain logged with the order of the *num_epochs* that it had."""
     for life, mine in zip(lives, logs, strict=True):
         check_life(life, mine, figures)
     received = sum(len(ids) for life in logs for rank in life for part in rank for ids in part.batches)
-    whole = reference_of(lives[-1].url, logs[-1][0][0].state)
+    state = logs[-1][0][0].state
     kept = 0
-    for read, ids in zip(timeline(lives, logs), whole, strict=True):
+    for epoch, read in enumerate(timeline(lives, logs, num_epochs)):
+        ids = lives[-1].reference({**state, "epoch": epoch})
         expected = ids[: len(ids) - read.left_out] + [ids[i % len(ids)] for i in range(read.padding)]
         figures.lost += (Counter(expected) - Counter(read.ids)).total()
         figures.repeated += (Counter(read.ids) - Counter(expected)).total()
@@ -571,7 +616,7 @@ def soak(
         place.mkdir()
         lives = run_chain(url, place, num_samples, rng, max_ranks, until, figures)
         if lives is not None:
-            check_chain(lives, figures)
+            check_chain(lives, read_logs(lives), figures)
             figures.chains += 1
             shapes = " ".join(f"{life.world_size}x{life.num_workers}" for life in lives)
             report(f"chain {number}: {len(lives)} lives, ranks x workers: {shapes}; {figures.faults} faults")
