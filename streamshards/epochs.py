@@ -19,6 +19,7 @@ from streamshards.engine.guard import end_with_parent
 from streamshards.engine.labels import Labels
 from streamshards.engine.prefetch import BatchStream
 from streamshards.engine.reading import Reading
+from streamshards.engine.signals import obey_parent_alone
 from streamshards.engine.source import Source
 from streamshards.errors import OptionInvalid, ResumeMismatch, StreamShardsError
 from streamshards.events import Counters, Event, Observer, emit, logger, summarize
@@ -344,6 +345,7 @@ class EpochDataset(IterableDataset[Any]):
     def _iterate(self, start: Start, topology: Topology, slot: int) -> _Iterator:
         """Return an iterator of one reader that begins at *start*; its threads are running."""
         if slot:
+            obey_parent_alone()  # first: a thread that blocks no signal would receive it
             end_with_parent()
         assignment = self._assignment(topology, start)
         whole = self._assignment(topology, start._replace(position=0))
@@ -405,6 +407,14 @@ class EpochDataset(IterableDataset[Any]):
         return to_samples if current_worker() is None or self.batch_size else to_owned_samples
 
 
+def interrupted(url: str, by: BaseException) -> StreamShardsError:
+    """Return what ``next`` raises once *by*, which is no ``Exception``, has come out of it."""
+    return StreamShardsError(
+        f"{url}: {type(by).__name__} interrupted this pass. Begin the next one with iter(); to go on with this one, "
+        "load_state_dict(state_dict()) first: it is the place after the last batch that was handed out"
+    )
+
+
 class _Progress:
     """How much of one pass has been handed out."""
 
@@ -427,6 +437,7 @@ class _Iterator:
         self._stream = stream
         self._samples: Iterator[Any] = iter(())
         self._drawn = 0
+        self._url = dataset.url
         self._yields_samples = dataset.batch_size is None
         self._transform = dataset._transform
         self._batch_transform = dataset._batch_transform
@@ -437,15 +448,25 @@ class _Iterator:
 
     def __next__(self) -> Any:
         try:
-            item = self._next_sample() if self._yields_samples else self._stream.next()
-        except StopIteration:
-            self.progress.is_over = True
+            item = self._next_item()
+            self._drawn += 1
+            item = self._transformed(item)
+        except Exception:
             raise
-        self._drawn += 1
-        item = self._transformed(item)
+        except BaseException as error:  # Ctrl-C: it may have come between two steps, and we are one item off
+            self._stream.close(because=interrupted(self._url, error))
+            self._samples = iter(())
+            raise
         # Only now: what a transform failed on has not been handed out.
         self.progress.batches = self._drawn
         return item
+
+    def _next_item(self) -> Any:
+        try:
+            return self._next_sample() if self._yields_samples else self._stream.next()
+        except StopIteration:
+            self.progress.is_over = True
+            raise
 
     def _transformed(self, item: Any) -> Any:
         try:

@@ -2,15 +2,24 @@
 
 from __future__ import annotations
 
+import multiprocessing
 import os
+import signal
 import weakref
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
+from multiprocessing.connection import wait
+from multiprocessing.process import BaseProcess
+from multiprocessing.util import Finalize, get_temp_dir
+from pickle import UnpicklingError
 from typing import Any, Final
 
 from torch.utils.data import DataLoader, IterableDataset
+from torch.utils.data._utils import signal_handling
 
-from streamshards.epochs import EpochDataset
+from streamshards.engine.signals import blocked_for_children, call_at_unexpected_end, ignore_signals, wait_for_all
+from streamshards.epochs import EpochDataset, interrupted
 from streamshards.errors import OptionInvalid, StreamShardsError
+from streamshards.options import MiB
 from streamshards.plan.assignment import Assignment
 from streamshards.plan.state import State
 from streamshards.plan.topology import Topology
@@ -18,6 +27,15 @@ from streamshards.runtime import current_slot, current_worker
 from streamshards.starts import SharedStart, Start
 
 _DATASET_DECIDES: Final = ("batch_size", "shuffle", "sampler", "batch_sampler", "drop_last", "collate_fn")
+
+_DEATH_S: Final = 0.2
+"""A dying worker's sockets are closed before its exit code can be read."""
+_LOCK_S: Final = 0.5
+"""Who lives holds the lock of an event for microseconds."""
+_PATIENCE_S: Final = 1.0
+"""Enough to finish a batch; a worker that waits for a store, or hangs in a transform, is killed."""
+_BEFORE_QUEUES_CLOSE: Final = 100
+"""Workers are told to end through queues that ``multiprocessing`` closes at exit, at priority 10."""
 
 
 class StreamingDataLoader(DataLoader[Any]):
@@ -55,6 +73,7 @@ class StreamingDataLoader(DataLoader[Any]):
         self._next = dataset._start.peek()
         self._latest: State | None = None
         self._current: weakref.ref[_CountingIterator] | None = None
+        self._process = os.getpid()
         super().__init__(self._view, batch_size=None, num_workers=num_workers, collate_fn=_identity, **options)
 
     def __iter__(self) -> Iterator[Any]:  # type: ignore[override]  # torch names its own private iterator class
@@ -64,15 +83,33 @@ class StreamingDataLoader(DataLoader[Any]):
         start = start._replace(order=state.order)
         self._streaming._follow()
         self._seen_generation = self._streaming._start.generation
+        if self._iterator is not None and _is_over(self._iterator, self._process):
+            self._iterator = None  # persistent workers: this iteration begins with new ones
+        self._process = os.getpid()
         self._view.begin(start, topology)
+        before = self._iterator
         try:
-            batches = super().__iter__()
+            if self.num_workers:
+                get_temp_dir()  # the workers' sockets lie in it, and it goes when we end, however they end
+            with blocked_for_children(self._start_method()):
+                batches = super().__iter__()
+        except RuntimeError:
+            if before is None or not _is_over(before, self._process):
+                raise
+            self._iterator = before = None  # a persistent worker was killed just now: begin with new ones
+            with blocked_for_children(self._start_method()):
+                batches = super().__iter__()
         finally:
             self._view.settle()
         self._next = Start(start.epoch + 1, 0, 0, state.order)
         self._latest = state
         iterator = _CountingIterator(self, batches, self._streaming._assignment(topology, start))
         self._current = weakref.ref(iterator)
+        if self.num_workers and batches is not before:
+            _watch_workers(batches)
+            # Before torch's own way, which may wait for ever for what a dead worker held; and also when we exit.
+            owner = self if self.persistent_workers else iterator
+            Finalize(owner, _end_workers, (batches,), exitpriority=_BEFORE_QUEUES_CLOSE)
         return iterator
 
     def __len__(self) -> int:
@@ -135,6 +172,13 @@ class StreamingDataLoader(DataLoader[Any]):
         """Return what shapes the order of a first start: this rank and how many workers it has."""
         return self._topology().with_worker(0, max(1, self.num_workers))
 
+    def _start_method(self) -> str:
+        """Return how workers are started; nothing, if there are none to start."""
+        if not self.num_workers or self._iterator is not None:
+            return ""
+        context = self.multiprocessing_context or multiprocessing
+        return str(context.get_start_method())
+
     def __repr__(self) -> str:
         return f"StreamingDataLoader({self._streaming!r}, num_workers={self.num_workers}, batches={len(self)})"
 
@@ -151,30 +195,179 @@ class _CountingIterator:
         self._start = loader._latest
         self._received = 0
         self._failed = 0
+        self._end: StreamShardsError | None = None
+        # Where a worker's death was told to other code than ours: torch's own way to end its workers may wait for ever.
+        self._process = os.getpid()
+        weakref.finalize(self, _is_over, batches, self._process).atexit = False
 
     def __iter__(self) -> _CountingIterator:
         return self
 
     def __next__(self) -> Any:
+        if self._process != os.getpid():
+            raise StreamShardsError(
+                f"{self._loader._streaming.url}: this iterator was made in process {self._process}, and its workers "
+                "send their batches there; call iter() on the loader again in this process"
+            )
+        if self._end is not None:
+            raise self._end.with_traceback(None)
         try:
             batch = next(self._batches)
+            received = self._received + 1 + self._failed
+            latest = self._place(received)
         except StopIteration:
             self.is_over = True
-            self._report()
+            self._loader._latest = self._place(self._received)
             raise
-        except Exception:
+        except Exception as error:
+            if (death := self._death(error)) is not None:
+                self._give_up(death)
+                raise death from error
             # Its batch was not handed out; it counts only if the training loop goes on to the next one.
             self._failed += 1
             raise
-        self._received += 1 + self._failed
+        except BaseException as error:  # Ctrl-C: it may have come in the middle of a message
+            self._give_up(interrupted(self._loader._streaming.url, error))
+            raise
+        # No call from here on: what a signal handler raises comes before all of this or after it.
+        self._received = received
         self._failed = 0
-        self._report()
+        self._loader._latest = latest
         return batch
 
-    def _report(self) -> None:
+    def _place(self, received: int) -> State | None:
+        """Return the loader's place after *received* batches of ours; its own, if it has begun anew since."""
         if self._loader._current is None or self._loader._current() is not self:
-            return  # left behind: the loader has begun anew, or was told to
-        self._loader._latest = self._start.after(self.assignment, self._received, is_over=self.is_over)
+            return self._loader._latest
+        return self._start.after(self.assignment, received, is_over=self.is_over)
+
+    def _death(self, error: Exception) -> StreamShardsError | None:
+        """Return the error that says which worker died; None if *error* is of another kind."""
+        workers = _workers_of(self._batches)
+        is_torn = isinstance(error, (OSError, EOFError, UnpicklingError))  # what it sent is gone, and it will be soon
+        ended = wait([worker.sentinel for worker in workers], _DEATH_S if is_torn else 0)
+        for worker in workers:
+            if worker.sentinel in ended:
+                worker.join(_DEATH_S)  # for its exit code, which comes later still
+        ends = _deaths(workers)
+        if not ends:
+            return None
+        dataset = self._loader._streaming
+        return StreamShardsError(
+            f"{dataset.url}: {'; '.join(ends)}. SIGKILL mostly means that memory ran out, SIGBUS that /dev/shm did: "
+            f"use fewer than num_workers={len(workers)}, or a smaller PrefetchOptions.memory_bytes (now "
+            f"{int(dataset._prefetch.memory_bytes) / MiB:,.0f} MiB a worker), batch_size or prefetch_factor. "
+            "loader.state_dict() is the place after the last batch that was handed out"
+        )
+
+    def _give_up(self, error: StreamShardsError) -> None:
+        """End the workers, and let every later ``next`` raise *error*."""
+        self._end = error
+        if self._loader._iterator is self._batches:  # persistent workers: the next iteration begins with new ones
+            self._loader._iterator = None
+        _end_workers(self._batches)
+
+
+# -- worker processes: what torch keeps private ----------------------------------------------------------------------
+
+
+def _workers_of(batches: Any) -> list[BaseProcess]:
+    """Return the worker processes of a torch iterator."""
+    return list(getattr(batches, "_workers", ()))
+
+
+def _deaths(workers: Sequence[BaseProcess]) -> list[str]:
+    """Return what became of the workers that have ended and should not have."""
+    codes = {number: worker.exitcode for number, worker in enumerate(workers)}
+    return [
+        f"DataLoader worker {number} (pid {workers[number].pid}) "
+        + (f"was killed by {_signal_name(-code)}" if code < 0 else f"ended with exit code {code}")
+        for number, code in codes.items()
+        if code
+    ]
+
+
+def _signal_name(number: int) -> str:
+    try:
+        return signal.Signals(number).name
+    except ValueError:  # a real-time signal
+        return f"signal {number}"
+
+
+def _end_workers(batches: Any) -> None:
+    """End the workers of a torch iterator: they are asked, which lets them clean up, and then they are killed."""
+    workers = _workers_of(batches)
+    if not workers or batches._shutdown:
+        return
+    if not _deaths(workers):
+        batches._workers_done_event.set()
+        for number in range(len(workers)):
+            if batches._persistent_workers or batches._workers_status[number]:
+                batches._mark_worker_as_unavailable(number, shutdown=True)
+        wait_for_all([worker.sentinel for worker in workers], timeout_s=_PATIENCE_S)
+    if batches._worker_pids_set:  # or torch would report those that we kill
+        signal_handling._remove_worker_pids(id(batches))  # type: ignore[attr-defined]  # private
+        batches._worker_pids_set = False
+    for worker in workers:
+        worker.kill()
+    batches._shutdown_workers()
+
+
+def _disown(batches: Any, process: int) -> None:
+    """Leave the workers of a torch iterator to *process*: where we were forked from it, torch would end them."""
+    if process != os.getpid() and _workers_of(batches):
+        batches._shutdown = True
+
+
+def _is_over(batches: Any, process: int) -> bool:
+    """Return whether the workers of a torch iterator that *process* made cannot be used; they have been ended then."""
+    if not _workers_of(batches):
+        return False
+    _disown(batches, process)
+    if _deaths(_workers_of(batches)):
+        _end_workers(batches)
+    return bool(batches._shutdown)
+
+
+class _DoneEvent:
+    """What tells workers to end, as torch uses it: it does not wait for ever for a lock that a dead worker holds."""
+
+    def __init__(self, shared: Any) -> None:
+        self._shared = shared
+        self._is_set = False
+
+    def is_set(self) -> bool:
+        return self._is_set  # only the trainer sets it
+
+    def set(self) -> None:
+        self._is_set = True
+        if self._shared._cond.acquire(timeout=_LOCK_S):
+            self._shared._flag.acquire(block=False)
+            self._shared._flag.release()
+            self._shared._cond.release()
+
+
+def _watch_workers(batches: Any) -> None:
+    """Let no one wait for ever for what a dead worker held, or for a message that it has sent in part.
+
+    Under fork and spawn, SIGCHLD would interrupt the training loop; a fork server's workers are not its children.
+    """
+    reference = weakref.ref(batches)
+
+    def is_expected(number: int) -> bool:
+        there = reference()
+        return there is None or there._shutdown or not there._workers_status[number]
+
+    def end_pass() -> None:
+        there = reference()
+        if there is not None:
+            for worker in _workers_of(there):
+                worker.kill()
+            there._worker_result_queue._writer.close()  # with the workers' ends: the reader sees the end of the pipe
+
+    batches._workers_done_event = _DoneEvent(batches._workers_done_event)
+    sentinels = {number: worker.sentinel for number, worker in enumerate(_workers_of(batches))}
+    call_at_unexpected_end(sentinels, is_expected=is_expected, then=end_pass)
 
 
 class _View(IterableDataset[Any]):
@@ -209,6 +402,8 @@ class _View(IterableDataset[Any]):
                 "the place. Use loader.load_state_dict to go on from a place"
             )
         slot = current_slot()
+        if slot:
+            ignore_signals()  # _end_workers is the promise that this needs
         topology = self._rank.with_worker(*(current_worker() or (0, 1)))
         is_persistent = current_worker() is not None and self._begun_in == os.getpid()
         self._begun_in = os.getpid()

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import re
+import signal
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -19,9 +21,11 @@ def blocks(document: str) -> list[str]:
 
 
 @pytest.fixture
-def here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+def here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
     monkeypatch.chdir(tmp_path)
-    return tmp_path
+    handler = signal.getsignal(signal.SIGTERM)  # the recipe for preemption sets its own
+    yield tmp_path
+    signal.signal(signal.SIGTERM, handler)
 
 
 def test_the_quickstart(here: Path) -> None:

@@ -7,7 +7,7 @@ Invariants:
 
 - Batches come in the schedule's order, each exactly once; then ``StopIteration``, for ever.
 - An error comes once the batches before it have been taken, and again at every later ``next``: an epoch that failed
-  never looks like one that ended.
+  never looks like one that ended. Nor does one whose ``next`` was interrupted, by Ctrl-C say: a batch may be lost then.
 - ``close`` returns at once, from any thread; the threads end on their own.
 """
 
@@ -18,6 +18,7 @@ import threading
 from collections import deque
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from types import TracebackType
 from typing import Final, Generic, TypeVar
 
 import torch
@@ -117,6 +118,7 @@ class BatchStream(Generic[T]):
         self._waiting_for: Visit | None = None
         self._ended = False
         self._error: BaseException | None = None
+        self._frames: TracebackType | None = None
         self._closed = False
         self._thread = threading.Thread(target=self._assemble_all, name="streamshards-assemble", daemon=True)
         try:
@@ -146,11 +148,16 @@ class BatchStream(Generic[T]):
         self._counters.add(batches=1, samples=taken.num_rows, wait_ns=wait_ns)
         return taken.batch
 
-    def close(self) -> None:
-        """Stop; drop what is ready. Safe to call from any thread, any number of times."""
+    def close(self, because: BaseException | None = None) -> None:
+        """Stop; drop what is ready. Safe to call from any thread, any number of times.
+
+        Args:
+            because: Raised by every later ``next``, unless there is an error already; None: they end the epoch.
+        """
         if self._pid != os.getpid():
             return
         with self._changed:
+            self._error = self._error or because
             self._closed = True
             self._ready.clear()
             self._changed.notify_all()
@@ -171,7 +178,7 @@ class BatchStream(Generic[T]):
                 self._ready_bytes -= taken.nbytes
                 return taken
             if self._error is not None:
-                raise self._error
+                raise self._error.with_traceback(self._frames)  # or each ``next`` would add its own frames
             raise StopIteration
 
     def _report_slow(self, waited_s: float) -> None:
@@ -194,7 +201,7 @@ class BatchStream(Generic[T]):
             return
         except BaseException as error:  # noqa: BLE001 -- carried over to the consumer
             with self._changed:
-                self._error = error
+                self._error, self._frames = error, error.__traceback__
         finally:
             with self._changed:
                 self._ended = True

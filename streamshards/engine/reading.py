@@ -102,11 +102,23 @@ class Reading:
 
     @property
     def _row_bytes(self) -> int:
-        """A row's mean size in a batch, with its labels. Fixed-size fields take their room also where they are absent,
-        and may be stored in less; of ragged ones, the source counts that has most of them."""
-        means = [(s, int(s.index.raw_sizes.sum()) // max(1, s.index.num_samples)) for s in self.sources]
-        ragged = (mean - fixed_row_bytes(source.schema) for source, mean in means)
-        return max(1, fixed_row_bytes(self.schema) + max(0, *ragged)) + self.labels.batch_row_bytes
+        """A row's mean size in a batch at most, with its labels. Fixed-size fields take their room also where they are
+        absent; of the others, the source counts that has most of them."""
+        ragged = max(self._ragged_row_bytes(source) for source in self.sources)
+        return max(1, fixed_row_bytes(self.schema) + ragged) + self.labels.batch_row_bytes
+
+    def _ragged_row_bytes(self, source: Source) -> int:
+        """Return the most that rows of *source* take, in the mean, in fields whose size varies.
+
+        The index has sums over all fields. Of fixed-size ones, only those that are never absent are sure to be in them:
+        a shard in which an optional one is None throughout stores nothing of it.
+        """
+        offsets = 8 * sum("offsets" in field.parts for field in self.schema.fields)
+        if not any("offsets" in field.parts for field in source.schema.fields):
+            return offsets
+        stored = [field for field in source.schema.fields if field.kind == "tensor" and not field.optional]
+        mean = -(-int(source.index.raw_sizes.sum()) // max(1, source.index.num_samples))
+        return offsets + max(0, mean - fixed_row_bytes(Schema(tuple(stored))))
 
     def _least_block_bytes(self, sources: Sequence[Source], least_ready_bytes: int) -> int:
         """Return the bytes of one block of each lane that this reader interleaves.
