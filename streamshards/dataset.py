@@ -303,7 +303,7 @@ class StreamingDataset(EpochDataset):
     def _advice(self, loaded: State, differences: Mapping[str, Any]) -> str:
         if "subset" in differences:
             theirs = loaded.identity.get("subset")
-            return f"Take the same part as then: {'all of it' if theirs is None else theirs}"
+            return f"Take the same part as then: {'all of it' if theirs is None else str(theirs)[:200]}"
         return super()._advice(loaded, differences)
 
     def _start_of_other(self, loaded: State, differences: Mapping[str, Any]) -> Start | None:

@@ -14,7 +14,7 @@ import torch
 from streamshards.clock import Clock, SystemClock
 from streamshards.engine.catalog import INDEX_KEY, Catalog, load_index, save_index
 from streamshards.engine.fetch import Fetcher
-from streamshards.engine.retry import with_retries
+from streamshards.engine.retry import circuit_of, with_retries
 from streamshards.events import COUNTERS, Counters, Event, emit
 from streamshards.options import RetryOptions
 from streamshards.plan.index import Index
@@ -136,4 +136,5 @@ class Place:
             clock=self.clock,
             cancelled=self.cancelled,
             on_retry=self.emit,
+            circuit=circuit_of(self.store, self.clock),
         )

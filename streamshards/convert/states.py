@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import mmap
 import pickle
 import sys
 import zipfile
@@ -15,6 +16,7 @@ import torch
 from streamshards.errors import OptionInvalid, ResumeMismatch, UnsafePickle
 from streamshards.plan.state import State
 from streamshards.shard.layouts import SAFE_TORCH
+from streamshards.shard.pickles import NeedsCode, Refused, require_loadable
 
 STDIN: Final = "-"
 """The file name that means standard input, which must be JSON."""
@@ -122,7 +124,13 @@ def _load_torch(file: str) -> Any:
             "or save the state as JSON"
         )
     try:
+        with open(file, "rb") as opened:
+            require_loadable(memoryview(mmap.mmap(opened.fileno(), 0, access=mmap.ACCESS_READ)))
         return torch.load(file, map_location="cpu", weights_only=True, mmap=True)
+    except Refused as error:
+        raise OptionInvalid(f"{file}: torch.load cannot read it safely: {error}") from None
+    except NeedsCode as error:
+        raise UnsafePickle(f"{file}: the pickle needs {error}; save the state as JSON beside it") from None
     except pickle.UnpicklingError as error:
         reason = next(iter(str(error).strip().splitlines()), "no message")[:200]
         raise UnsafePickle(

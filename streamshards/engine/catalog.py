@@ -61,6 +61,9 @@ HAND_MADE_KEY: Final = "index.json.zst"
 PLAIN_BYTES: Final = 4 * MiB
 """Up to about 40,000 shards stay one plain readable file; beyond, JSON of hex digests shrinks to under a half."""
 _POINTER_BYTES: Final = 4096
+_MAX_RATIO: Final = 64
+"""An index shrinks to a quarter: half of it is digests. One that inflates to more is a bomb, but for a small one."""
+_FREE_BYTES: Final = 16 * MiB
 _PART: Final = re.compile(r"index-([0-9a-f]{32})\.json\.zst")
 _OWN_SHARD: Final = re.compile(r"[0-9a-f]{12}-\d{6,}\.pt\.zst")
 _PT_FILE: Final = re.compile(r"\.(pt|pth)(\.zst|\.gz)?$")
@@ -275,7 +278,8 @@ class Catalog:
 
     def _unpack(self, key: str, data: bytes) -> Index:
         try:
-            plain = bytes(inflate(data, name=self._url(key), max_raw_bytes=MAX_INDEX_BYTES))
+            most = min(MAX_INDEX_BYTES, _MAX_RATIO * len(data) + _FREE_BYTES)
+            plain = bytes(inflate(data, name=self._url(key), max_raw_bytes=most))
         except ShardCorrupt as error:
             raise IndexInvalid(f"{error}; rebuild the index") from error
         index = Index.parse(plain, url=self._url(key))

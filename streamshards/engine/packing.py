@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from typing import Final
 
 from streamshards.clock import Clock
-from streamshards.engine.retry import Cancelled, with_retries
+from streamshards.engine.retry import Cancelled, circuit_of, with_retries
 from streamshards.errors import StreamShardsError
 from streamshards.events import FetchRetried, logger
 from streamshards.options import RetryOptions
@@ -86,6 +86,7 @@ class Packer:
         self._clock = clock
         self._on_retry = on_retry
         self._on_stored = on_stored
+        self._circuit = circuit_of(store, clock)
         self._changed = threading.Condition()
         self._telling = threading.Lock()
         self._cancelled = threading.Event()
@@ -192,6 +193,7 @@ class Packer:
             clock=self._clock,
             cancelled=self._cancelled,
             on_retry=self._on_retry,
+            circuit=self._circuit,
         )
         stored = StoredShard(name, shard.num_rows, shard.raw_bytes, len(shard.data), shard.digest, shard.tail)
         with self._telling:

@@ -23,18 +23,21 @@ import signal
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, fields
+from functools import partial
 from pathlib import Path
 from typing import Any, Final
 
 import numpy as np
 import torch
 
-from streamshards.errors import StreamShardsError
+from streamshards.errors import ShardCorrupt, StreamShardsError
 from streamshards.plan.index import Index, is_safe_name
 from streamshards.plan.state import State
 from streamshards.shard.columns import to_batch, to_samples
+from streamshards.shard.frames import FrameReader
 from streamshards.shard.layouts import columns_of, load_foreign
-from streamshards.shard.payload import FramedShard, PayloadShard
+from streamshards.shard.partial import PartialShard
+from streamshards.shard.payload import FramedShard, PayloadShard, tail_of
 from streamshards.shard.raw import RawFile
 from streamshards.shard.reader import BaseReader
 from streamshards.shard.schema import Schema
@@ -109,15 +112,40 @@ def read_shard(reader: BaseReader, rng: random.Random) -> bool:
 
 
 def _shard(data: bytes, rng: random.Random) -> bool:
+    if rng.random() < 0.3:
+        return _part(data, rng)
     return read_shard(FramedShard(data, name="s", max_raw_bytes=MAX_RAW_BYTES), rng)
+
+
+def _part(data: bytes, rng: random.Random) -> bool:
+    """Read some rows of all columns out of the frames that they need; return whether they were the seed's."""
+    size = min(len(data), len(tail_of(SEED)))
+    frames = FrameReader(data[len(data) - size :], name="s", max_raw_bytes=MAX_RAW_BYTES, stored_bytes=len(data))
+
+    def whole(cause: ShardCorrupt) -> FrameReader:
+        raise cause
+
+    reader = PartialShard(frames, get=lambda start, stop: data[start:stop], on_damage=whole)
+    lo = rng.randint(0, reader.num_rows)
+    hi = rng.randint(lo, reader.num_rows)
+    reader.load(reader.schema, lo, hi)
+    columns = reader.columns(lo=lo, hi=hi)
+    if columns.num_rows > MAX_DICTS:
+        return False
+    return [plain(row) for row in to_samples(columns)] == ROWS[lo:hi]
 
 
 def _raw(data: bytes, rng: random.Random) -> bool:
     descriptor = os.memfd_create("entry")
     os.write(descriptor, data)
-    file = RawFile(descriptor, name="e", digest=DIGEST.hex(), max_raw_bytes=MAX_RAW_BYTES, keep_open=rng.random() < 0.5)
-    file.verify()
-    return read_shard(PayloadShard(file, name="e", is_decoded=True), rng)
+    kept = os.dup(descriptor)
+    again = partial(os.dup, kept) if rng.random() < 0.5 else None
+    try:
+        file = RawFile(descriptor, name="e", digest=DIGEST.hex(), max_raw_bytes=MAX_RAW_BYTES, open_again=again)
+        file.verify()
+        return read_shard(PayloadShard(file, name="e", is_decoded=True), rng)
+    finally:
+        os.close(kept)
 
 
 def _index(data: bytes, rng: random.Random) -> bool:
