@@ -130,7 +130,9 @@ def _load_torch(file: str) -> Any:
     except Refused as error:
         raise OptionInvalid(f"{file}: torch.load cannot read it safely: {error}") from None
     except NeedsCode as error:
-        raise UnsafePickle(f"{file}: the pickle needs {error}; save the state as JSON beside it") from None
+        raise UnsafePickle(
+            f"{file}: torch does not load it with weights_only=True: it needs {error}; save the state as JSON beside it"
+        ) from None
     except pickle.UnpicklingError as error:
         reason = next(iter(str(error).strip().splitlines()), "no message")[:200]
         raise UnsafePickle(

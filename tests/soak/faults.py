@@ -108,8 +108,8 @@ MAY_BE_DAMAGED: Final = frozenset("0123")
 """First digits of the names of entries that the judge damages: no other may ever be found damaged."""
 STEPS_AFTER_WORKER: Final = 20
 """A life that goes on for so long did not need the worker that was killed: it had done its part."""
-WORKER_GONE: Final = ("RuntimeError: DataLoader worker", "in rebuild_storage_fd")
-"""What torch raises when a worker was killed: as such, or because a batch that it had promised did not come."""
+WORKER_GONE: Final = ("was killed by SIGKILL", "RuntimeError: DataLoader worker")
+"""What a trainer ends with whose worker was killed: our error, or torch's own, if that came outside of ``next``."""
 LATE: Final = 4
 """Lives that may still be ending while the next ones run."""
 LEFT_S: Final = 10.0
