@@ -17,6 +17,7 @@ from typing import Any, Final, Literal, get_args
 import torch
 
 from streamshards.errors import OptionInvalid, SampleInvalid, ShardCorrupt, StreamShardsError, UnsafePickle
+from streamshards.events import logger
 from streamshards.options import MiB
 from streamshards.shard.columns import Columns, RowBuffer
 from streamshards.shard.frames import inflate
@@ -33,6 +34,7 @@ _ZSTD_MAGICS: Final = (b"\x28\xb5\x2f\xfd", *(bytes([0x50 + low, 0x2A, 0x4D, 0x1
 _GZIP_MAGIC: Final = b"\x1f\x8b"
 _GLOBAL: Final = re.compile(r"GLOBAL ([\w.]+)")
 _CHUNK_BYTES: Final = MiB
+_has_warned = False
 _MAX_GROWTH: Final = 16
 _FREE_BYTES: Final = 64 * MiB
 """The columns of a file may take so many times its size, and this: a name of 30 letters takes 2 bytes wherever it is
@@ -64,6 +66,7 @@ def load_foreign(data: bytes | memoryview, *, name: str, max_raw_bytes: int, tru
         raise OptionInvalid(f"{text}; update to {safe}, or pass trust_pickle=True if you made these files yourself")
     raw = decompressed(data, name=name, max_raw_bytes=max_raw_bytes)
     if trust_pickle:
+        _warn_of_code(name)
         return _loaded(raw, name, weights_only=False)
     try:
         require_loadable(memoryview(raw).cast("B"))
@@ -74,6 +77,14 @@ def load_foreign(data: bytes | memoryview, *, name: str, max_raw_bytes: int, tru
     payload = _loaded(raw, name, weights_only=True)
     _require_no_more_than(payload, len(raw), name)
     return payload
+
+
+def _warn_of_code(name: str) -> None:
+    """Say once per process what *trust_pickle* means."""
+    global _has_warned
+    if not _has_warned:
+        _has_warned = True
+        logger.warning("%s: trust_pickle=True: whatever code this file and the ones after it hold runs as you", name)
 
 
 def _loaded(raw: bytes | bytearray | memoryview, name: str, *, weights_only: bool) -> object:

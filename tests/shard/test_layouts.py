@@ -5,6 +5,7 @@ import contextlib
 import datetime
 import gzip
 import io
+import logging
 from collections.abc import Callable
 from typing import Any
 
@@ -98,12 +99,18 @@ class Ran:
         return Ran.count
 
 
-def test_no_code_runs_unless_trusted() -> None:
+def test_no_code_runs_unless_trusted(monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> None:
+    """And then a warning says so, once in a process."""
     data = saved({"x": Ran()})
     with pytest.raises(UnsafePickle, match=r"the pickle needs .*add_safe_globals.*or pass trust_pickle=True"):
         load(data)
     assert Ran.count == 0
-    assert load(data, trust_pickle=True) == {"x": 1}
+    monkeypatch.setattr(layouts, "_has_warned", False)
+    with caplog.at_level(logging.WARNING, "streamshards"):
+        assert [load(data, trust_pickle=True) for _ in range(2)] == [{"x": 1}, {"x": 2}]
+    assert [record.getMessage() for record in caplog.records] == [
+        "f.pt: trust_pickle=True: whatever code this file and the ones after it hold runs as you"
+    ]
 
 
 def test_the_class_that_is_not_safe_is_named() -> None:
