@@ -9,13 +9,14 @@ import weakref
 from collections.abc import Iterator, Mapping, Sequence
 from multiprocessing.connection import wait
 from multiprocessing.process import BaseProcess
-from multiprocessing.util import Finalize, get_temp_dir
+from multiprocessing.util import Finalize
 from pickle import UnpicklingError
 from typing import Any, Final
 
 from torch.utils.data import DataLoader, IterableDataset
 from torch.utils.data._utils import signal_handling
 
+from streamshards.engine.guard import adopt_sockets_folder, sockets_folder
 from streamshards.engine.signals import blocked_for_children, call_at_unexpected_end, ignore_signals, wait_for_all
 from streamshards.epochs import EpochDataset, interrupted
 from streamshards.errors import OptionInvalid, StreamShardsError
@@ -90,7 +91,7 @@ class StreamingDataLoader(DataLoader[Any]):
         before = self._iterator
         try:
             if self.num_workers:
-                get_temp_dir()  # the workers' sockets lie in it, and it goes when we end, however they end
+                self._view.sockets = sockets_folder()
             with blocked_for_children(self._start_method()):
                 batches = super().__iter__()
         except RuntimeError:
@@ -379,6 +380,8 @@ class _View(IterableDataset[Any]):
         self._start: Start | None = None
         self._rank = Topology()
         self._begun_in = 0
+        self.sockets = ""
+        """Where workers have theirs."""
 
     def begin(self, start: Start, rank: Topology) -> None:
         """Let the iteration that is about to begin, and no other, begin at *start*.
@@ -404,6 +407,7 @@ class _View(IterableDataset[Any]):
         slot = current_slot()
         if slot:
             ignore_signals()  # _end_workers is the promise that this needs
+            adopt_sockets_folder(self.sockets)
         topology = self._rank.with_worker(*(current_worker() or (0, 1)))
         is_persistent = current_worker() is not None and self._begun_in == os.getpid()
         self._begun_in = os.getpid()

@@ -3,9 +3,10 @@
 torch's own watchdog compares ``getppid()``: under forkserver (the default from Python 3.14 on) a worker's parent is the
 fork server, which lives as long as its workers do, so a trainer that is killed would leave them all for ever.
 
-A worker that ends at once leaves nothing behind all the same. What it had outside of itself: the folder of the sockets
-through which multiprocessing hands batches on, and shared memory between the moment it has a name and the moment torch
-takes that name away. A worker that is itself killed cannot see to that; nobody else can, who does not know that it was.
+A worker that ends at once leaves nothing behind all the same. What is outside of it: the folder of the sockets through
+which multiprocessing hands batches on, and shared memory between the moment it has a name and the moment torch takes
+that name away. The folder is the trainer's, who removes it at its end, whatever became of the workers; if the trainer
+is killed, the first worker does. The memory of a worker that is itself killed stays.
 """
 
 from __future__ import annotations
@@ -16,12 +17,37 @@ import multiprocessing.util
 import os
 import select
 import shutil
+import tempfile
 import threading
 from pathlib import Path
 from typing import Final
 
+_AFTER_SOCKETS: Final = -100
+"""As multiprocessing itself removes such folders."""
 _guarded: Final[set[int]] = set()
 """The processes (this one, and in a fork its parents) whose guard thread has been started."""
+_made: tuple[int, str] | None = None
+"""Which process made a folder for its workers' sockets, and that folder."""
+_adopted: str | None = None
+"""The folder that our trainer made for us."""
+
+
+def sockets_folder() -> str:
+    """Return a folder for the sockets of this process's workers. It is removed when this process ends."""
+    global _made
+    if _made is None or _made[0] != os.getpid() or not os.path.isdir(_made[1]):
+        folder = tempfile.mkdtemp(prefix="pymp-")
+        multiprocessing.util.Finalize(None, shutil.rmtree, args=(folder, True), exitpriority=_AFTER_SOCKETS)
+        _made = os.getpid(), folder
+    return _made[1]
+
+
+def adopt_sockets_folder(folder: str) -> None:
+    """Let multiprocessing put this worker's sockets into *folder*, which its trainer made; before it has any."""
+    global _adopted
+    config = getattr(multiprocessing.current_process(), "_config", None)  # there is no public way
+    if isinstance(config, dict):
+        config["tempdir"] = _adopted = folder
 
 
 def end_with_parent() -> None:
@@ -49,7 +75,7 @@ def _exit_after(handle: int, sockets: str | None) -> None:
     with contextlib.suppress(OSError):
         if sockets is not None:
             gone = f"{sockets}-gone"
-            os.rename(sockets, gone)  # first: a socket that is just being made would keep the folder
+            os.rename(sockets, gone)  # first: one of us does it, and a socket that is just being made keeps nothing
             shutil.rmtree(gone)
     with contextlib.suppress(OSError):
         for path in Path("/dev/shm").glob(f"torch_{os.getpid()}_*"):
@@ -58,10 +84,12 @@ def _exit_after(handle: int, sockets: str | None) -> None:
 
 
 def _sockets_folder() -> str | None:
-    """Return the folder that multiprocessing makes for the sockets of this process; None if it uses its parent's.
+    """Return the folder for the sockets of this process; None if it is one that others use, too.
 
     Made now, not with the first batch: that may be on its way when the parent goes.
     """
+    if _adopted is not None:
+        return _adopted
     config = getattr(multiprocessing.current_process(), "_config", {})
     with contextlib.suppress(OSError):
         return None if config.get("tempdir") else multiprocessing.util.get_temp_dir()

@@ -42,3 +42,73 @@ def test_orphaned_workers_leave_nothing_behind(tmp_path: Path) -> None:
     assert list(scratch.iterdir()) == []
     left = set(os.listdir("/dev/shm")) - shm
     assert not {name for name in left for pid in children if name.startswith(f"torch_{pid}_")}
+
+
+KILLER: Final = """
+import multiprocessing, os, signal, sys
+import streamshards as ss
+loader = ss.StreamingDataLoader(
+    ss.StreamingDataset(sys.argv[1], batch_size=2), num_workers=2, multiprocessing_context="fork"
+)
+try:
+    for batch in loader:
+        for worker in multiprocessing.active_children():
+            os.kill(worker.pid, signal.SIGKILL)
+except ss.StreamShardsError as error:
+    print(os.listdir(os.environ["TMPDIR"]) != [], "SIGKILL" in str(error))
+"""
+
+
+def run(program: str, folder: Path) -> tuple[str, Path]:
+    """Return what *program* printed, read to its end: all that held it open are gone; and its TMPDIR."""
+    write(str(folder / "train"), range(200))
+    scratch = folder / "tmp"
+    scratch.mkdir()
+    command = [sys.executable, "-W", "ignore", "-c", program, str(folder / "train")]
+    ended = subprocess.run(
+        command, stdout=subprocess.PIPE, env={**os.environ, "TMPDIR": str(scratch)}, text=True, check=True
+    )
+    return ended.stdout, scratch
+
+
+def test_the_trainer_cleans_up_after_workers_that_are_killed(tmp_path: Path) -> None:
+    """They cannot themselves; what they shared goes when the trainer ends."""
+    write(str(tmp_path / "train"), range(200))
+    scratch = tmp_path / "tmp"
+    scratch.mkdir()
+    command = [sys.executable, "-W", "ignore", "-c", KILLER, str(tmp_path / "train")]
+    ended = subprocess.run(
+        command, capture_output=True, env={**os.environ, "TMPDIR": str(scratch)}, text=True, check=True
+    )
+    assert ended.stdout == "True True\n"
+    assert list(scratch.iterdir()) == []
+
+
+LAUNCHER: Final = """
+import multiprocessing, multiprocessing.util, os, sys
+import streamshards as ss
+
+def train(barrier, url):
+    dataset = ss.StreamingDataset(url, batch_size=2)
+    batches = iter(ss.StreamingDataLoader(dataset, num_workers=1, multiprocessing_context="fork"))
+    next(batches)
+    barrier.wait()
+    os.kill(os.getpid(), 9)
+
+context = multiprocessing.get_context("fork")
+folder = multiprocessing.util.get_temp_dir()
+barrier = context.Barrier(2)
+trainers = [context.Process(target=train, args=(barrier, sys.argv[1])) for _ in range(2)]
+for trainer in trainers:
+    trainer.start()
+for trainer in trainers:
+    trainer.join()
+print(folder, [trainer.exitcode for trainer in trainers], flush=True)
+os._exit(0)  # its folder stays
+"""
+
+
+def test_a_launchers_folder_is_left_alone(tmp_path: Path) -> None:
+    """Trainers that multiprocessing started share a folder with their launcher, and with each other: it is not ours."""
+    ended, scratch = run(LAUNCHER, tmp_path)
+    assert [f"{folder} [-9, -9]\n" for folder in scratch.iterdir()] == [ended]

@@ -500,14 +500,15 @@ def check_life(life: Life, logs: list[list[Pass]], figures: Figures) -> None:
     """Check that all that this life's ranks received, for good or not, was theirs, and that they were in step."""
     num_passes = max(len(log) for log in logs)
     for number in range(num_passes):
-        parts = [log[number] for log in logs if number < len(log)]
-        state, num_batches = parts[0].state, parts[0].num_batches
-        in_step = all((part.state, part.num_batches) == (state, num_batches) for part in parts)
+        parts = {rank: log[number] for rank, log in enumerate(logs) if number < len(log)}  # some died before it
+        first = next(iter(parts.values()))
+        state, num_batches = first.state, first.num_batches
+        in_step = all((part.state, part.num_batches) == (state, num_batches) for part in parts.values())
         if number + 1 < num_passes:  # this epoch is over
-            in_step &= all(len(part.batches) == num_batches for part in parts)
+            in_step &= all(len(part.batches) == num_batches for part in parts.values())
         figures.out_of_step += not in_step
         ids = life.reference(state)
-        for rank, part in enumerate(parts):
+        for rank, part in parts.items():
             for step, batch in enumerate(part.batches):
                 at = state["position"] + step * life.global_batch + rank * life.batch_size
                 expected = [ids[(at + i) % len(ids)] for i in range(life.batch_size)]
