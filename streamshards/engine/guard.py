@@ -26,28 +26,34 @@ _AFTER_SOCKETS: Final = -100
 """As multiprocessing itself removes such folders."""
 _guarded: Final[set[int]] = set()
 """The processes (this one, and in a fork its parents) whose guard thread has been started."""
-_made: tuple[int, str] | None = None
-"""Which process made a folder for its workers' sockets, and that folder."""
+_chosen: tuple[int, str] | None = None
+"""Which process chose a folder for its workers' sockets, and that folder."""
 _adopted: str | None = None
-"""The folder that our trainer made for us."""
+"""The folder that our trainer chose for us."""
+_tidying: Final = threading.Lock()
+"""Held while the folder is made; and for ever once it is removed."""
 
 
 def sockets_folder() -> str:
-    """Return a folder for the sockets of this process's workers. It is removed when this process ends."""
-    global _made
-    if _made is None or _made[0] != os.getpid() or not os.path.isdir(_made[1]):
-        folder = tempfile.mkdtemp(prefix="pymp-")
+    """Return the folder for the sockets of this process's workers; they make it. It is gone when this process ends."""
+    global _chosen
+    if _chosen is None or _chosen[0] != os.getpid():
+        folder = os.path.join(tempfile.gettempdir(), f"pymp-{os.urandom(8).hex()}")
         multiprocessing.util.Finalize(None, shutil.rmtree, args=(folder, True), exitpriority=_AFTER_SOCKETS)
-        _made = os.getpid(), folder
-    return _made[1]
+        _chosen = os.getpid(), folder
+    return _chosen[1]
 
 
 def adopt_sockets_folder(folder: str) -> None:
-    """Let multiprocessing put this worker's sockets into *folder*, which its trainer made; before it has any."""
+    """Let multiprocessing put this worker's sockets into *folder*, which its trainer chose; before it has any."""
     global _adopted
+    _adopted = folder
+    end_with_parent()
+    with _tidying:
+        os.makedirs(folder, mode=0o700, exist_ok=True)
     config = getattr(multiprocessing.current_process(), "_config", None)  # there is no public way
     if isinstance(config, dict):
-        config["tempdir"] = _adopted = folder
+        config["tempdir"] = folder
 
 
 def end_with_parent() -> None:
@@ -72,6 +78,7 @@ def end_with_parent() -> None:
 
 def _exit_after(handle: int, sockets: str | None) -> None:
     select.select([handle], [], [])
+    _tidying.acquire()
     with contextlib.suppress(OSError):
         if sockets is not None:
             gone = f"{sockets}-gone"
