@@ -54,8 +54,8 @@ try:
     for batch in loader:
         for worker in multiprocessing.active_children():
             os.kill(worker.pid, signal.SIGKILL)
-except ss.StreamShardsError as error:
-    print(os.listdir(os.environ["TMPDIR"]) != [], "SIGKILL" in str(error))
+except (ss.StreamShardsError, RuntimeError) as error:  # torch's own, if it comes outside of next
+    print(os.listdir(os.environ["TMPDIR"]) != [], "DataLoader worker" in str(error))
 """
 
 
