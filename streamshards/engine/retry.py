@@ -98,7 +98,7 @@ class Circuit:
                 self._prober = None
 
     def read(self) -> None:
-        """A shard was asked for: that earns a twentieth of a second request."""
+        """A shard, or a part of one, was asked for: that earns a twentieth of a second request."""
         with self._lock:
             self._saved_hedges = min(_MAX_SAVED_HEDGES, self._saved_hedges + _HEDGED_SHARE)
 
