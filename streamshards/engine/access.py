@@ -8,8 +8,7 @@ from typing import Final
 import numpy as np
 
 from streamshards.engine.fetch import Fetcher
-from streamshards.engine.ranges import Wanted, is_hopeless
-from streamshards.errors import ShardCorrupt, StoreError
+from streamshards.engine.ranges import Wanted
 from streamshards.plan.subset import Subset
 from streamshards.shard.reader import ShardReader
 from streamshards.shard.schema import Schema
@@ -33,20 +32,11 @@ class RandomAccess:
         part = int(self._borders.searchsorted(number, "right")) - 1
         shard = int(self._subset.shards[part])
         row = int(self._subset.rows_of(shard)[number - int(self._borders[part])])
-        reader = self._kept(shard, row) or self._fetcher.fetch(shard, Wanted(self._schema, row, row + 1))
+        wanted = Wanted(self._schema, row, row + 1)
+        kept = self._readers.pop(shard, None)
+        fetcher = self._fetcher
+        reader = fetcher.fetch(shard, wanted) if kept is None else fetcher.fetch_more(kept, shard, wanted)
         self._readers[shard] = reader
         if len(self._readers) > _KEPT_READERS:
             self._readers.popitem(last=False)
         return reader, row
-
-    def _kept(self, shard: int, row: int) -> ShardReader | None:
-        """Return the shard if it is still open, with *row* loaded."""
-        reader = self._readers.pop(shard, None)
-        try:
-            if reader is not None:
-                reader.load(self._schema, row, row + 1)
-        except (ShardCorrupt, StoreError) as error:
-            if is_hopeless(error):
-                raise
-            return None
-        return reader

@@ -162,15 +162,24 @@ class Fetcher:
             StoreError: It is missing, and so is the index: the dataset was deleted.
             Cancelled: The owner gave up.
         """
+        return self._settled(shard, lambda: self._fetch_anyhow(shard, wanted))
+
+    def fetch_more(self, reader: ShardReader, shard: int, wanted: Wanted) -> ShardReader:
+        """Return *reader*, which is shard number *shard*, with what is *wanted* loaded, too; the whole if that fails.
+
+        Raises: As ``fetch``.
+        """
+        more = self._in_part(shard, lambda: _loaded(reader, wanted))
+        return self.fetch(shard) if more is None else more
+
+    def _settled(self, shard: int, fetch: Callable[[], ShardReader]) -> ShardReader:
+        """Return what *fetch* returns; if it loses the shard, note that, and raise what is behind it."""
         known = self._bad.get(shard)
         if known is not None:
             kind, text = known
             raise kind(text)
         try:
-            if self._cache is not None:
-                return self._fetch_through(self._cache, shard)
-            part = None if wanted is None else self._fetch_part(shard, wanted)
-            return self._fetch(shard) if part is None else part
+            return fetch()
         except (ShardCorrupt, ShardMissing) as error:
             lost = error
         # After the handler: an error inside it would have this one, and so the shard's bytes, as its context.
@@ -229,15 +238,26 @@ class Fetcher:
             self._index, self._schema, url_of=self.url_of, get=self._get_range, whole=self._whole_instead
         )
 
+    def _fetch_anyhow(self, shard: int, wanted: Wanted | None) -> ShardReader:
+        if self._cache is not None:
+            return self._fetch_through(self._cache, shard)
+        part = None if wanted is None else self._fetch_part(shard, wanted)
+        return self._fetch(shard) if part is None else part
+
     def _fetch_part(self, shard: int, wanted: Wanted) -> ShardReader | None:
         """Return the shard with what is *wanted* loaded; None if it must be read whole."""
-        if self._parts is None:
+        parts = self._parts
+        if parts is None:
             return None
+        reader = self._in_part(shard, lambda: parts.fetch(shard, wanted))
+        self._counters.add(shards_read=int(reader is not None))
+        return reader
+
+    def _in_part(self, shard: int, fetch: Callable[[], ShardReader | None]) -> ShardReader | None:
+        """Return what *fetch* returns; None if the shard had better be asked for whole, which is told."""
         self._under_way[shard] = _Fetch()
         try:
-            reader = self._parts.fetch(shard, wanted)
-            self._counters.add(shards_read=int(reader is not None))
-            return reader
+            return fetch()
         except (ShardCorrupt, StoreError) as error:
             if is_hopeless(error):
                 raise
@@ -248,7 +268,11 @@ class Fetcher:
 
     def _whole_instead(self, shard: int, cause: ShardCorrupt) -> FrameReader:
         self._emit(FetchRetried(self.url_of(shard), 1, 0.0, f"{cause}; now the whole shard is asked for"))
-        reader = self._fetch(shard)
+        return self._from_store(shard)
+
+    def _from_store(self, shard: int) -> FrameReader:
+        """Return the whole shard, after what we had of it failed while it was read."""
+        reader = self._settled(shard, lambda: self._fetch(shard))
         assert isinstance(reader, FramedShard)  # for mypy: that is its layout
         return reader.frames
 
@@ -298,9 +322,7 @@ class Fetcher:
 
         def from_store(cause: ShardCorrupt) -> FrameReader:
             cache.drop_raw(digest, identity, url=url, cause=cause, emit=self._emit)
-            reader = self._fetch(shard)
-            assert isinstance(reader, FramedShard)  # for mypy: that is its layout
-            return reader.frames
+            return self._from_store(shard)
 
         reader = PayloadShard(BackedPayload(file, from_store), name=url, is_decoded=True)
         self._require_rows(shard, reader)
@@ -443,3 +465,8 @@ class Fetcher:
         except SampleInvalid as error:
             raise ShardCorrupt(f"{url}: not what the index was made from: {error}") from error
         return LoadedShard(columns, url)
+
+
+def _loaded(reader: ShardReader, wanted: Wanted) -> ShardReader:
+    reader.load(*wanted)
+    return reader

@@ -52,6 +52,10 @@ class Circuit:
     def __init__(self, clock: Clock, owner: object = None) -> None:
         self._clock = clock
         self._owner = owner
+        self.begin_anew()
+
+    def begin_anew(self) -> None:
+        """Forget everything, in a child that was forked: a thread of the parent may have held the lock, or probe."""
         self._lock = threading.Lock()
         self._failures = 0
         self._probes = 0
@@ -94,7 +98,7 @@ class Circuit:
                 self._prober = None
 
     def read(self) -> None:
-        """A shard was asked for: that earns a twentieth of a second request."""
+        """A shard, or a part of one, was asked for: that earns a twentieth of a second request."""
         with self._lock:
             self._saved_hedges = min(_MAX_SAVED_HEDGES, self._saved_hedges + _HEDGED_SHARE)
 
@@ -116,9 +120,11 @@ _finding = threading.Lock()
 
 
 def _after_fork() -> None:
-    """Begin anew in the child: a thread of the parent may have held a lock, or be the one that probes."""
-    global _circuits, _finding
-    _circuits, _finding = weakref.WeakValueDictionary(), threading.Lock()
+    """Begin anew in the child, also with the circuits that it inherits: who has one goes on using it."""
+    global _finding
+    _finding = threading.Lock()
+    for circuit in list(_circuits.values()):
+        circuit.begin_anew()
 
 
 if hasattr(os, "register_at_fork"):

@@ -264,7 +264,8 @@ class FrameReader:
         self._segments: list[tuple[int, memoryview]] = [(size - len(tail), tail)]
         self.directory = self._read_directory(self._entries[-1])
         """The directory's JSON; its checksum is right."""
-        self._check_frames(*self._segments[0])
+        for number, frame in self._frames_in(*self._segments[0]):
+            self._check_frame(number, frame)
 
     def add(self, start: int, data: bytes | memoryview) -> None:
         """Take stored bytes from *start* on: those of a ``stored_range``, or of several with what lies between.
@@ -273,7 +274,11 @@ class FrameReader:
             ShardCorrupt: They do not agree with the seek table.
         """
         segment = (start, memoryview(data).cast("B"))
-        self._check_frames(*segment)
+        for number, frame in self._frames_in(*segment):
+            self._check_frame(number, frame)
+            # No digest vouches for these bytes, the table's checksum does: it must be the one that zstd will look at.
+            if _end_of_blocks(frame, zstandard.frame_header_size(frame[:18])) + 4 != len(frame):
+                raise self._corrupt(f"what lies at byte {int(self._starts[number]):,} is not one zstd frame")
         self._segments.append(segment)
 
     def stored_range(self, lo: int, hi: int) -> tuple[int, int]:
@@ -375,13 +380,13 @@ class FrameReader:
                 return data[start - at : end - at]
         raise RuntimeError(f"{self.name}: stored bytes {start:,} to {end:,} have not been fetched")
 
-    def _check_frames(self, start: int, data: memoryview) -> None:
-        """Check the frames that lie wholly in *data*, which are the object's bytes from *start* on."""
+    def _frames_in(self, start: int, data: memoryview) -> Iterator[tuple[int, memoryview]]:
+        """Yield number and bytes of each frame that lies wholly in *data*, the object's bytes from *start* on."""
         first = int(np.searchsorted(self._starts, start, "left"))
         last = int(np.searchsorted(self._starts, start + len(data), "right")) - 1
         for number in range(first, min(last, len(self._entries) - 1)):
             lo, hi = int(self._starts[number]) - start, int(self._starts[number + 1]) - start
-            self._check_frame(number, data[lo:hi])
+            yield number, data[lo:hi]
 
     def _check_frame(self, number: int, frame: memoryview) -> None:
         start = int(self._starts[number])

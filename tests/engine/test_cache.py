@@ -30,7 +30,7 @@ from streamshards.engine.cachefolder import FORMAT, Busy, CacheFolder, Refused, 
 from streamshards.engine.cachemeter import disk_bytes
 from streamshards.engine.eviction import Entry, Pass
 from streamshards.engine.fetch import Fetcher
-from streamshards.errors import ShardCorrupt
+from streamshards.errors import DatasetReplaced, ShardCorrupt
 from streamshards.events import CacheDamaged, CacheOff
 from streamshards.options import KiB, MiB
 from streamshards.plan.index import Index
@@ -635,6 +635,21 @@ def test_more_open_entries_than_descriptors(
     assert num_descriptors() == before
 
 
+def test_an_entry_that_fails_after_its_dataset_was_replaced_is_told_as_such(
+    tmp_path: Path, good: tuple[MemoryStore, Index]
+) -> None:
+    """The reader turns to the store, which has another dataset now: no loss of one shard, and never skipped."""
+    cached = Cached(good, folder_of(tmp_path), "raw")
+    store = cached.rig.store = MemoryStore(good[0].objects)
+    cached.new_process()
+    reader = cached.fetcher.fetch(1)
+    os.truncate(cached.entry(), 200)
+    store.objects.clear()
+    store.objects.update(numbered([7])[0].objects)
+    with pytest.raises(DatasetReplaced, match="replaced while it was read"):
+        reader.columns()
+
+
 def test_an_entry_that_is_opened_for_each_read_may_go_meanwhile(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, good: tuple[MemoryStore, Index]
 ) -> None:
@@ -673,7 +688,9 @@ def test_open_entries_take_no_memory(tmp_path: Path, monkeypatch: pytest.MonkeyP
 
 def half(good: tuple[MemoryStore, Index], mode: str) -> int:
     """Return the bytes of disk that half of the shards take."""
-    sizes = [len(data) if mode == "compressed" else raw_size(frames_of(data)) for data in good[0].objects.values()]
+    store, index = good
+    shards = [store.objects[name] for name in index.names]
+    sizes = [len(data) if mode == "compressed" else raw_size(frames_of(data)) for data in shards]
     return sum(disk_bytes(size) for size in sizes) // 2
 
 

@@ -179,6 +179,50 @@ def test_a_damaged_frame_of_a_part_is_settled_by_the_whole(objects: dict[str, by
     ]
 
 
+def test_a_dataset_that_is_replaced_while_a_part_is_decoded_is_told_as_such(objects: dict[str, bytes]) -> None:
+    """A frame is damaged, and the whole shard is gone with its dataset: no loss of one shard, and never skipped."""
+    name = shards_of(objects)[0]
+    other = MemoryStore()
+    with ss.ShardWriter("x", store=other) as out:
+        out.write({"sound": torch.zeros(1)})
+    store = MemoryStore(objects)
+
+    def script(key: str, number: int) -> Any:
+        if key != name or number == 0:
+            return None
+        if number == 1:
+            return FlipBit(8 * 500_000)
+        store.objects.pop(name, None)
+        store.objects["index.json"] = other.objects["index.json"]
+        return None
+
+    with pytest.raises(ss.DatasetReplaced, match="replaced while it was read"):
+        list(dataset(FaultyStore(store, script), columns=["sound"], max_corrupt=1.0))
+
+
+def test_a_sample_whose_part_does_not_come_is_taken_from_the_whole() -> None:
+    """Also where another part of the shard is open already; one event says so."""
+    memory = MemoryStore()
+    with ss.ShardWriter("x", store=memory, shard_bytes="16MB") as out:
+        out.write_batch({"image": np.random.default_rng(3).integers(0, 256, (1_200, 10_000), dtype=np.uint8)})
+    (name,) = shards_of(memory.objects)
+    events: list[Event] = []
+    store = FaultyStore(memory, lambda key, number: Truncate(-1) if (key, number) == (name, 2) else None)
+    part, plain = dataset(store, observer=events.append), dataset(Whole(memory.objects))
+    for number in (0, 1_199, 600):
+        assert torch.equal(part[number]["image"], plain[number]["image"])
+    (event,) = [event for event in events if isinstance(event, FetchRetried)]
+    assert name in event.url
+    assert event.cause.endswith("now the whole shard is asked for")
+    assert store.gets.count(name) == 4, "the tail, two frames, and once the whole"
+
+
+def test_a_store_without_ranges_has_none_when_it_is_wrapped(objects: dict[str, bytes]) -> None:
+    """A fault script does not give it what it lacks."""
+    part = dataset(FaultyStore(Whole(objects), ()), columns=["label"])
+    assert same(list(part), list(dataset(Whole(objects), columns=["label"])))
+
+
 @pytest.mark.parametrize(("fault", "error"), [(UNAVAILABLE, StoreUnavailable), (DENIED, AccessDenied)])
 def test_an_outage_is_none_of_the_parts_business(objects: dict[str, bytes], fault: Fail, error: type) -> None:
     """It is retried and raised as for a whole shard."""

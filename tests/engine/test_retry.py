@@ -447,11 +447,13 @@ def test_a_circuit_goes_with_its_last_user() -> None:
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="this system has no fork")
 @pytest.mark.filterwarnings("ignore:.*multi-threaded, use of fork:DeprecationWarning")  # Python ≥ 3.12 on any fork
 def test_a_fork_begins_anew() -> None:
-    """A child does not wait for a probe that a thread of its parent makes."""
+    """A child does not wait for a probe that a thread of its parent makes: who inherits a circuit goes on using it."""
     store, clock = Site("s3://a"), SystemClock()
-    circuit = opened(None, circuit_of(store, clock))
+    circuit = opened(clock, circuit_of(store, clock))
+    in_thread(lambda: circuit.claim(8))
+    assert circuit.claim(8) > 0
     child = multiprocessing.get_context("fork").Process(
-        target=lambda: os._exit(0 if circuit_of(store, clock) is not circuit else 1)
+        target=lambda: os._exit(0 if circuit.claim(8) == circuit_of(store, clock).claim(8) == 0 else 1)
     )
     child.start()
     child.join(HANGS_AFTER_S)

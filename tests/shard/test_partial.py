@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import struct
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from itertools import pairwise
@@ -19,7 +20,7 @@ from streamshards.options import KiB, MiB
 from streamshards.shard import frames as frames_module
 from streamshards.shard.columns import RowBuffer, to_samples
 from streamshards.shard.data import Columns
-from streamshards.shard.frames import FrameReader
+from streamshards.shard.frames import FrameReader, deflate
 from streamshards.shard.partial import GAP_BYTES, PartialShard
 from streamshards.shard.payload import EncodedShard, FramedShard, describe_tail, encode, tail_of
 from streamshards.shard.schema import Schema
@@ -178,6 +179,21 @@ def test_damage_is_noticed_and_the_whole_is_asked_for(stored: EncodedShard, wher
     whole = FramedShard(stored.data, name="s", max_raw_bytes=MAX)
     assert same(rows_of(part.columns(schema)), rows_of(whole.columns(schema)))
     assert len(remote.causes) == 1
+
+
+def test_a_frame_before_the_one_that_the_tail_knows_is_refused() -> None:
+    """It would decode, with a checksum of its own, and the one that the tail vouches for would never be looked at."""
+    buffer = RowBuffer()
+    buffer.extend({"image": random_tensor((1_000, 1_000), torch.uint8, 1)})
+
+    def damage(data: bytearray) -> bytes:
+        other = deflate(bytes(1_000_000))
+        rest = len(data) - len(other) - 8
+        return other + struct.pack("<II", 0x184D2A50, rest) + bytes(rest - 4) + data[-4:]
+
+    part = Remote(encode(buffer.finish()), damage=damage).open()
+    with pytest.raises(ShardCorrupt, match="not one zstd frame"):
+        part.load(part.schema, 0, part.num_rows)
 
 
 def test_what_was_not_loaded_is_a_defect_and_no_data(stored: EncodedShard) -> None:
