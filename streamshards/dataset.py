@@ -224,6 +224,7 @@ class StreamingDataset(EpochDataset):
             raise TypeError(f"ds[i] takes a whole number, not {number!r}") from None
         if not -self.num_samples <= number < self.num_samples:
             raise IndexError(f"sample {number} of {self.num_samples:,} in {self.url}")
+        self._own()
         if self._access is None:
             slot = current_slot()
             whole = Pass(self._kept(_View(self._index, self._subset)), unix_ns())

@@ -47,7 +47,7 @@ from streamshards.options import RetryOptions
 from streamshards.plan.index import Index
 from streamshards.shard.frames import FrameReader
 from streamshards.shard.layouts import columns_of, load_foreign
-from streamshards.shard.payload import FramedShard, PayloadShard, digest_of
+from streamshards.shard.payload import FramedShard, PayloadShard, describe_tail, digest_of
 from streamshards.shard.raw import BackedPayload, RawFile
 from streamshards.shard.reader import LoadedShard, ShardReader
 from streamshards.shard.schema import Schema
@@ -55,6 +55,8 @@ from streamshards.storage.store import Blob, Hedge, Patience, Store
 
 _MISSING_RECHECK_S: Final = 1.0
 """A store that lists before it serves catches up within this; a shard that is really gone costs one second."""
+_MAX_REFUSALS: Final = 4
+"""A store that refused so many ranges does not serve them: no more are asked for."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -139,6 +141,7 @@ class Fetcher:
         self._reader = Pass() if reader is None else reader
         self._under_way: dict[int, _Fetch] = {}
         self._parts = self._part_fetcher() if cache is None else None
+        self._refusals = 0
         # Not the errors themselves: their tracebacks would keep the shards' bytes.
         self._bad: dict[int, tuple[type[ShardCorrupt | ShardMissing], str]] = {}
 
@@ -171,6 +174,19 @@ class Fetcher:
         """
         more = self._in_part(shard, lambda: _loaded(reader, wanted))
         return self.fetch(shard) if more is None else more
+
+    def require_tail(self, shard: int, reader: ShardReader) -> None:
+        """Check what the index says about the tail of a whole shard: nobody who reads all of it needs that.
+
+        Raises:
+            ShardCorrupt: It is something else.
+        """
+        promised = tuple(self._index.tails[shard].tolist())
+        if isinstance(reader, FramedShard) and promised[0] and describe_tail(reader.frames.tail()) != promised:
+            raise ShardCorrupt(
+                f"{self.url_of(shard)}: sound, but the index is wrong about its last bytes, and every read of a part "
+                f'fails first; run "streamshards index --mode replace {self._store.url}"'
+            )
 
     def _settled(self, shard: int, fetch: Callable[[], ShardReader]) -> ShardReader:
         """Return what *fetch* returns; if it loses the shard, note that, and raise what is behind it."""
@@ -262,6 +278,10 @@ class Fetcher:
             if is_hopeless(error):
                 raise
             self._emit(FetchRetried(self.url_of(shard), 1, 0.0, f"{error}; now the whole shard is asked for"))
+            if isinstance(error, StoreError) and not isinstance(error, ObjectMissing):
+                self._refusals += 1
+                if self._refusals >= _MAX_REFUSALS:
+                    self._parts = None
             return None
         finally:
             self._under_way.pop(shard, None)

@@ -313,7 +313,7 @@ class BlockLoader:
             return
         try:
             buffers.fill(number)
-        except ShardCorrupt as error:
+        except (ShardCorrupt, ShardMissing) as error:
             self._lose(source, opened, error)
         decoded = 0 if reader.is_decoded else reader.raw_bytes * opened.span.num_rows // reader.num_rows
         source.counters.add(decode_ns=int((self._clock.now() - started) * 1e9), bytes_decoded=decoded)

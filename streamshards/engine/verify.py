@@ -79,7 +79,9 @@ def check_shards(
 
 def _check(fetcher: Fetcher, shard: int, schema: Schema) -> ShardCheck:
     try:
-        _decode(fetcher.fetch(shard), schema)
+        reader = fetcher.fetch(shard)
+        fetcher.require_tail(shard, reader)
+        _decode(reader, schema)
     except (ShardCorrupt, ShardMissing) as error:
         return ShardCheck(shard, error)
     return ShardCheck(shard, None)

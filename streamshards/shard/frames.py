@@ -267,6 +267,10 @@ class FrameReader:
         for number, frame in self._frames_in(*self._segments[0]):
             self._check_frame(number, frame)
 
+    def tail(self) -> memoryview:
+        """Return the end of the shard that it was made from: see ``tail_of``."""
+        return tail_of(self._segments[0][1])
+
     def add(self, start: int, data: bytes | memoryview) -> None:
         """Take stored bytes from *start* on: those of a ``stored_range``, or of several with what lies between.
 

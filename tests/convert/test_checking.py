@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import json
 import threading
 from pathlib import Path
 
@@ -65,6 +66,17 @@ def test_each_kind_of_damage_is_found(tmp_path: Path, threads: int) -> None:
     assert "digest" in found.bad[0].cause
     assert "bytes promised" in found.bad[1].cause
     assert all(bad.num_samples > 0 and not bad.cause.startswith(str(tmp_path)) for bad in found.bad)
+
+
+def test_an_index_that_is_wrong_about_a_tail_is_found(tmp_path: Path) -> None:
+    """Its fingerprint does not cover that, and whole shards are read all the same."""
+    names = write(tmp_path)
+    content = json.loads((tmp_path / "index.json").read_text())
+    content["shards"]["tail_check"][2] ^= 1
+    (tmp_path / "index.json").write_text(json.dumps(content))
+    (bad,) = verify(tmp_path).bad
+    assert bad.name == names[2]
+    assert "the index is wrong about its last bytes" in bad.cause
 
 
 def test_any_flipped_bit_of_a_shard_is_found() -> None:

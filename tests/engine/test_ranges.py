@@ -270,3 +270,37 @@ def test_small_shards_are_read_whole() -> None:
     asked = Asked(store.objects)
     list(dataset(asked, columns=["b"]))
     assert asked.ranges == []
+
+
+def test_a_store_that_refuses_ranges_is_not_asked_for_ever(objects: dict[str, bytes]) -> None:
+    """It serves whole shards as well."""
+
+    class Refusing(Asked):
+        def get_range(self, key: str, start: int, stop: int, *, timeout_s: float) -> bytes:
+            super().get_range(key, start, stop, timeout_s=timeout_s)
+            raise ss.StoreError("501")
+
+    store = Refusing(objects)
+    part = dataset(store, columns=["label"], order=ss.OrderOptions(lanes=2, chunk=10))
+    assert same(list(part), list(dataset(Whole(objects), columns=["label"], order=ss.OrderOptions(lanes=2, chunk=10))))
+    assert SHARDS <= len(store.ranges) <= SHARDS + 2
+
+
+@pytest.mark.parametrize("on_corrupt", ["skip", "raise"])
+def test_a_shard_that_goes_before_its_frames_are_decoded(objects: dict[str, bytes], on_corrupt: str) -> None:
+    """The range that came was damaged, and the whole is no longer there: lost, as the policy says."""
+    name = shards_of(objects)[0]
+    store = MemoryStore(dict(objects))
+
+    def script(key: str, number: int) -> Any:
+        if key == name and number == 2:
+            del store.objects[name]
+        return FlipBit(8 * 500_000) if key == name and number == 1 else None
+
+    part = dataset(FaultyStore(store, script), columns=["sound"], max_corrupt=1.0, on_corrupt=on_corrupt)
+    if on_corrupt == "raise":
+        with pytest.raises(ss.ShardMissing):
+            list(part)
+    else:
+        assert len(list(part)) == len(part)
+        assert part.stats()["rows_skipped"] == part.index.rows[0]
