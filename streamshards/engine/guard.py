@@ -14,20 +14,38 @@ import contextlib
 import multiprocessing
 import multiprocessing.util
 import os
-import select
 import shutil
 import threading
+from multiprocessing.connection import wait
 from pathlib import Path
 from typing import Final
 
 _guarded: Final[set[int]] = set()
 """The processes (this one, and in a fork its parents) whose guard thread has been started."""
 
+_own_folders: Final[dict[int, str]] = {}
+"""By process, as above."""
 
-def end_with_parent() -> None:
+
+def own_sockets_folder() -> str | None:
+    """Return the folder for sockets that this process has made here, and its children use, too; None if it has another.
+
+    It goes when this process ends, however its children end. That it may be killed itself is their guards' business,
+    but not with a folder that may be its parent's.
+    """
+    if not getattr(multiprocessing.current_process(), "_config", {}).get("tempdir"):
+        with contextlib.suppress(OSError):
+            _own_folders[os.getpid()] = multiprocessing.util.get_temp_dir()
+    return _own_folders.get(os.getpid())
+
+
+def end_with_parent(sockets: str | None = None) -> None:
     """End this process as soon as the process that started it is gone; once a process, and only in a child.
 
     Needs Linux 5.3 (``pidfd_open``); elsewhere torch's watchdog remains.
+
+    Args:
+        sockets: The parent's ``own_sockets_folder``, which goes with it.
     """
     parent = multiprocessing.parent_process()
     if parent is None or parent.pid is None or os.getpid() in _guarded or not hasattr(os, "pidfd_open"):
@@ -40,12 +58,12 @@ def end_with_parent() -> None:
     except OSError:  # an older kernel, or a sandbox that forbids the call
         return
     threading.Thread(
-        target=_exit_after, args=(handle, _sockets_folder()), name="streamshards-guard", daemon=True
+        target=_exit_after, args=(handle, sockets or _sockets_folder()), name="streamshards-guard", daemon=True
     ).start()
 
 
 def _exit_after(handle: int, sockets: str | None) -> None:
-    select.select([handle], [], [])
+    wait([handle])  # not select.select, which takes no descriptor from 1024 on
     with contextlib.suppress(OSError):
         if sockets is not None:
             gone = f"{sockets}-gone"
