@@ -90,16 +90,11 @@ class StreamingDataLoader(DataLoader[Any]):
         self._view.begin(start, topology)
         before = self._iterator
         try:
-            if self.num_workers:
-                self._view.sockets = sockets_folder()
-            with blocked_for_children(self._start_method()):
-                batches = super().__iter__()
+            batches = self._begun()
         except RuntimeError:
-            if before is None or not _is_over(before, self._process):
+            if before is None:
                 raise
-            self._iterator = before = None  # a persistent worker was killed just now: begin with new ones
-            with blocked_for_children(self._start_method()):
-                batches = super().__iter__()
+            before, batches = None, self._begun()  # a persistent worker was killed just now, say: begin with new ones
         finally:
             self._view.settle()
         self._next = Start(start.epoch + 1, 0, 0, state.order)
@@ -107,11 +102,33 @@ class StreamingDataLoader(DataLoader[Any]):
         iterator = _CountingIterator(self, batches, self._streaming._assignment(topology, start))
         self._current = weakref.ref(iterator)
         if self.num_workers and batches is not before:
-            _watch_workers(batches)
             # Before torch's own way, which may wait for ever for what a dead worker held; and also when we exit.
             owner = self if self.persistent_workers else iterator
             Finalize(owner, _end_workers, (batches,), exitpriority=_BEFORE_QUEUES_CLOSE)
         return iterator
+
+    def _begun(self) -> Any:
+        """Return torch's iterator at its beginning. If that fails (Ctrl-C, say), no worker of it lives on: it might
+        end for nobody but us, and what one that persists has sent would be of either iteration."""
+        if not self.num_workers:
+            return super().__iter__()
+        self._view.sockets = sockets_folder()
+        others = set(multiprocessing.active_children())
+        batches: Any = self._iterator
+        try:
+            with blocked_for_children(self._start_method()):
+                batches = super().__iter__()
+                if _workers_of(batches) and not isinstance(batches._workers_done_event, _DoneEvent):
+                    _watch_workers(batches)
+        except BaseException:
+            self._iterator = None
+            _end_workers(batches)
+            for child in set(multiprocessing.active_children()) - others:  # of an iterator that is half made
+                if child.daemon:
+                    child.kill()
+                    child.join(_PATIENCE_S)
+            raise
+        return batches
 
     def __len__(self) -> int:
         """Return how many batches the iteration at hand yields, or else the next one. Exact, and equal on all ranks."""
@@ -271,10 +288,22 @@ class _CountingIterator:
 
 # -- worker processes: what torch keeps private ----------------------------------------------------------------------
 
+_PRIVATE: Final = (
+    "_workers",
+    "_workers_status",
+    "_workers_done_event",
+    "_worker_result_queue",
+    "_worker_pids_set",
+    "_persistent_workers",
+    "_mark_worker_as_unavailable",
+    "_shutdown",
+    "_shutdown_workers",
+)
+
 
 def _workers_of(batches: Any) -> list[BaseProcess]:
-    """Return the worker processes of a torch iterator."""
-    return list(getattr(batches, "_workers", ()))
+    """Return the worker processes of a torch iterator; none, if it is not as we know it: all is torch's then."""
+    return list(batches._workers) if all(hasattr(batches, name) for name in _PRIVATE) else []
 
 
 def _deaths(workers: Sequence[BaseProcess]) -> list[str]:
@@ -310,22 +339,33 @@ def _end_workers(batches: Any) -> None:
         signal_handling._remove_worker_pids(id(batches))  # type: ignore[attr-defined]  # private
         batches._worker_pids_set = False
     for worker in workers:
-        worker.kill()
+        if worker.is_alive():  # the pid of one that has ended may be another's: a fork server waits for its children
+            worker.kill()
+            worker.join(_PATIENCE_S)
+    if _deaths(workers):
+        _end_pinning(batches)
     batches._shutdown_workers()
 
 
-def _disown(batches: Any, process: int) -> None:
-    """Leave the workers of a torch iterator to *process*: where we were forked from it, torch would end them."""
-    if process != os.getpid() and _workers_of(batches):
-        batches._shutdown = True
+def _end_pinning(batches: Any) -> None:
+    """End the thread that pins batches, if there is one; all workers have ended. It may have read a dead one's message
+    in part, and torch would wait for it for ever."""
+    thread = getattr(batches, "_pin_memory_thread", None)
+    if thread is not None:
+        batches._pin_memory_thread_done_event.set()
+        batches._worker_result_queue._writer.close()  # the last end: the thread sees the end of the pipe
+        thread.join(_PATIENCE_S)  # or not the last: workers that were forked later have it, too
+        del batches._pin_memory_thread
 
 
 def _is_over(batches: Any, process: int) -> bool:
     """Return whether the workers of a torch iterator that *process* made cannot be used; they have been ended then."""
-    if not _workers_of(batches):
+    workers = _workers_of(batches)
+    if not workers:
         return False
-    _disown(batches, process)
-    if _deaths(_workers_of(batches)):
+    if process != os.getpid():
+        batches._shutdown = True  # or torch would end them, here where we were forked from their trainer
+    elif _deaths(workers):
         _end_workers(batches)
     return bool(batches._shutdown)
 

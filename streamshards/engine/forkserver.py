@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import os
 import signal
+import sys
 
 
 def _do_nothing(number: int, frame: object) -> None:
@@ -20,5 +21,6 @@ def _back_to_default() -> None:
         signal.signal(signal.SIGTERM, signal.SIG_DFL)
 
 
-signal.signal(signal.SIGTERM, _do_nothing)
-os.register_at_fork(after_in_child=_back_to_default)
+if "multiprocessing.forkserver" in " ".join(sys.orig_argv):  # a tool that imports all modules keeps its SIGTERM
+    signal.signal(signal.SIGTERM, _do_nothing)
+    os.register_at_fork(after_in_child=_back_to_default)

@@ -15,10 +15,10 @@ import contextlib
 import multiprocessing
 import multiprocessing.util
 import os
-import select
 import shutil
 import tempfile
 import threading
+from multiprocessing.connection import wait
 from pathlib import Path
 from typing import Final
 
@@ -77,7 +77,7 @@ def end_with_parent() -> None:
 
 
 def _exit_after(handle: int, sockets: str | None) -> None:
-    select.select([handle], [], [])
+    wait([handle])  # not select.select, which takes no descriptor from 1024 on
     _tidying.acquire()
     with contextlib.suppress(OSError):
         if sockets is not None:

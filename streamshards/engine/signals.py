@@ -30,11 +30,25 @@ from multiprocessing.connection import wait
 from typing import Any, Final
 
 _SIGNALS: Final = (signal.SIGTERM, signal.SIGINT)
-_IS_ABLE: Final = sys.platform == "linux" and hasattr(os, "pidfd_open")
+
+
+def _has_pidfd() -> bool:
+    """Return whether there is ``pidfd_open``, without which nothing would end the workers of a trainer that is gone."""
+    if sys.platform == "linux" and hasattr(os, "pidfd_open"):
+        try:
+            os.close(os.pidfd_open(os.getpid()))
+        except OSError:  # an older kernel, or a sandbox that forbids the call
+            return False
+        return True
+    return False
+
+
+_IS_ABLE: Final = _has_pidfd()
 _PRELOADED: Final = "streamshards.engine.forkserver"
 
-_GRACE_S: Final = 0.1
-"""torch notes that it lets a worker go just after it has told the worker so."""
+_GRACE_S: Final = 1.0
+"""torch notes that it lets a worker go just after it has told the worker so; a container that has used up its share of
+the cores stands still for a tenth of a second in between."""
 
 _shielded: Final[set[int]] = set()
 """The processes (this one, and in a fork its parents) that listen to their parent alone."""
@@ -59,9 +73,10 @@ def blocked_for_children(start_method: str) -> Iterator[None]:
 
 def _shield_fork_server() -> None:
     """Let SIGTERM not end the fork server that is about to start; one that runs already stays as it is."""
-    server: Any = forkserver._forkserver  # there is no public way to add a module to the others
-    if server._forkserver_pid is None and _PRELOADED not in server._preload_modules:
-        forkserver.set_forkserver_preload([*server._preload_modules, _PRELOADED])
+    server: Any = getattr(forkserver, "_forkserver", None)  # there is no public way to add a module to the others
+    modules = getattr(server, "_preload_modules", None)
+    if modules is not None and getattr(server, "_forkserver_pid", 0) is None and _PRELOADED not in modules:
+        forkserver.set_forkserver_preload([*modules, _PRELOADED])
 
 
 def ignore_signals() -> None:

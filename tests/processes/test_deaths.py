@@ -14,6 +14,7 @@ import threading
 from typing import Any
 
 import pytest
+import torch
 
 from streamshards import CacheOptions, StreamShardsError
 from tests.datasets import flat, ids
@@ -113,6 +114,48 @@ def test_the_error_says_which_worker_died_and_of_what(
     assert "memory_bytes" in errors[1][1]
     assert seen + rest == epochs[0]
     assert seen + again == epochs[0]
+
+
+class DiesLate(DiesAt):
+    """Dies when all that it has sent before has been received."""
+
+    def __call__(self, batch: Any) -> Any:
+        if self.seen + 1 == self.number:
+            threading.Event().wait(1)
+        return super().__call__(batch)
+
+
+def _die_while_batches_are_pinned(channel: Any, url: str) -> None:
+    pinning: Any = torch.utils.data._utils.pin_memory
+    pinning.pin_memory = lambda data, _=None: data
+    accelerator: Any = torch.accelerator  # torch starts the thread that pins only where there is one
+    accelerator.is_available = lambda: True
+    accelerator.current_accelerator = lambda: torch.device("cpu")
+    accelerator.current_device_index = lambda: 0
+    accelerator.set_device_index = lambda _: None
+    loader = make(url, 2, "fork", pin_memory=True, dataset={"batch_transform": DiesLate(6, "sending")})
+    iterator: Any = iter(loader)
+    assert iterator._batches._pin_memory_thread.is_alive()
+    seen = []
+    try:
+        seen.extend(batch["id"].tolist() for batch in iterator)
+    except StreamShardsError as error:
+        channel.send((str(error), seen, loader.state_dict()))
+
+
+@pytest.mark.skipif(
+    not hasattr(torch, "accelerator") or not hasattr(torch.accelerator, "current_device_index"),
+    reason="this torch pins memory without torch.accelerator",
+)
+def test_a_death_is_told_where_a_thread_pins_batches(url: str, epochs: list[list[list[int]]]) -> None:
+    """It has read a message in part that will never be whole: nobody waits for it."""
+    with session(_die_while_batches_are_pinned, url) as trainer:
+        error, seen, state = trainer.receive()
+        assert trainer.end() == 0
+    assert "was killed by SIGKILL" in error
+    resumed = make(url, 0)
+    resumed.load_state_dict(state)
+    assert seen + ids(resumed) == epochs[0]
 
 
 def kill_at_random(url: str, kills: int, folder: str, seed: int, expected: list[int]) -> dict[str, int]:

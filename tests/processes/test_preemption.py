@@ -197,7 +197,7 @@ def test_the_recipe_in_the_documents(tmp_path: Path) -> None:
             out.write({"id": number})
     with session(_follow_the_recipe, str(tmp_path)) as trainer:
         asked, state = trainer.receive()
-        assert asked == [signal.SIGTERM]
+        assert set(asked) == {signal.SIGTERM}  # each worker sends it at its own tenth batch, if it gets there
         assert state == json.loads((tmp_path / "state.json").read_text())
         assert (state["epoch"], 0 < state["position"] < 10_000) == (0, True)
         asked, state = trainer.receive()
