@@ -16,7 +16,7 @@ from typing import Any, Final
 from torch.utils.data import DataLoader, IterableDataset
 from torch.utils.data._utils import signal_handling
 
-from streamshards.engine.guard import adopt_sockets_folder, sockets_folder
+from streamshards.engine.guard import adopt_sockets_folder, end_if_a_batch_is_lost, sockets_folder
 from streamshards.engine.signals import blocked_for_children, call_at_unexpected_end, ignore_signals, wait_for_all
 from streamshards.epochs import EpochDataset, interrupted
 from streamshards.errors import OptionInvalid, StreamShardsError
@@ -272,7 +272,8 @@ class _CountingIterator:
             return None
         dataset = self._loader._streaming
         return StreamShardsError(
-            f"{dataset.url}: {'; '.join(ends)}. SIGKILL mostly means that memory ran out, SIGBUS that /dev/shm did: "
+            f"{dataset.url}: {'; '.join(ends)}; what it said is on stderr. "
+            "SIGKILL mostly means that memory ran out, SIGBUS that /dev/shm did: "
             f"use fewer than num_workers={len(workers)}, or a smaller PrefetchOptions.memory_bytes (now "
             f"{int(dataset._prefetch.memory_bytes) / MiB:,.0f} MiB a worker), batch_size or prefetch_factor. "
             "loader.state_dict() is the place after the last batch that was handed out"
@@ -448,6 +449,7 @@ class _View(IterableDataset[Any]):
         if slot:
             ignore_signals()  # _end_workers is the promise that this needs
             adopt_sockets_folder(self.sockets)
+            end_if_a_batch_is_lost()
         topology = self._rank.with_worker(*(current_worker() or (0, 1)))
         is_persistent = current_worker() is not None and self._begun_in == os.getpid()
         self._begun_in = os.getpid()

@@ -13,17 +13,21 @@ from __future__ import annotations
 
 import contextlib
 import multiprocessing
+import multiprocessing.queues
 import multiprocessing.util
 import os
 import shutil
 import tempfile
 import threading
+import traceback
 from multiprocessing.connection import wait
 from pathlib import Path
 from typing import Final
 
 _AFTER_SOCKETS: Final = -100
 """As multiprocessing itself removes such folders."""
+_MAX_BASE_CHARS: Final = 70
+"""A socket's path has at most 107 bytes, and a worker that cannot make one sends nothing."""
 _guarded: Final[set[int]] = set()
 """The processes (this one, and in a fork its parents) whose guard thread has been started."""
 _chosen: tuple[int, str] | None = None
@@ -38,7 +42,8 @@ def sockets_folder() -> str:
     """Return the folder for the sockets of this process's workers; they make it. It is gone when this process ends."""
     global _chosen
     if _chosen is None or _chosen[0] != os.getpid():
-        folder = os.path.join(tempfile.gettempdir(), f"pymp-{os.urandom(8).hex()}")
+        base, name = tempfile.gettempdir(), f"pymp-{os.urandom(4).hex()}"
+        folder = os.path.join(base if len(base) <= _MAX_BASE_CHARS else "/tmp", name)
         multiprocessing.util.Finalize(None, shutil.rmtree, args=(folder, True), exitpriority=_AFTER_SOCKETS)
         _chosen = os.getpid(), folder
     return _chosen[1]
@@ -54,6 +59,17 @@ def adopt_sockets_folder(folder: str) -> None:
     config = getattr(multiprocessing.current_process(), "_config", None)  # there is no public way
     if isinstance(config, dict):
         config["tempdir"] = folder
+
+
+def end_if_a_batch_is_lost() -> None:
+    """End this worker when something cannot be sent: multiprocessing would go on, and its trainer wait for ever."""
+
+    def give_up(error: Exception, _: object) -> None:
+        traceback.print_exception(error)
+        os._exit(1)
+
+    # Made for overriding, says multiprocessing; a queue looks it up when it first sends something.
+    multiprocessing.queues.Queue._on_queue_feeder_error = staticmethod(give_up)  # type: ignore[attr-defined]
 
 
 def end_with_parent() -> None:

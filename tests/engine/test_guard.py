@@ -6,6 +6,8 @@ import os
 import resource
 import subprocess
 import sys
+import tempfile
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Final
 
@@ -29,16 +31,21 @@ for batch in loader:
 """
 
 
+@pytest.fixture
+def scratch() -> Iterator[Path]:
+    """A folder for temporary files whose name is short: a socket's path has at most 107 bytes."""
+    with tempfile.TemporaryDirectory(dir="/tmp") as folder:
+        yield Path(folder)
+
+
 @pytest.mark.parametrize("descriptors", [0, 1100])
-def test_orphaned_workers_leave_nothing_behind(tmp_path: Path, descriptors: int) -> None:
+def test_orphaned_workers_leave_nothing_behind(tmp_path: Path, scratch: Path, descriptors: int) -> None:
     """A trainer is killed; its workers end, and neither their sockets nor shared memory of theirs stay.
 
     Also if it has more descriptors open than ``select`` can wait for.
     """
     assert descriptors + 100 < resource.getrlimit(resource.RLIMIT_NOFILE)[1]
     write(str(tmp_path / "train"), range(200))
-    scratch = tmp_path / "tmp"
-    scratch.mkdir()
     shm = set(os.listdir("/dev/shm"))
     command = [sys.executable, "-W", "ignore", "-c", TRAINER, str(tmp_path / "train"), str(descriptors)]
     with subprocess.Popen(
@@ -71,19 +78,17 @@ except (ss.StreamShardsError, RuntimeError) as error:  # torch's own, if it come
 """
 
 
-def run(program: str, folder: Path) -> tuple[str, Path]:
-    """Return what *program* printed, read to its end: all that held it open are gone; and its TMPDIR."""
+def run(program: str, folder: Path, scratch: Path) -> str:
+    """Return what *program* printed, read to its end: all that held it open are gone."""
     write(str(folder / "train"), range(200))
-    scratch = folder / "tmp"
-    scratch.mkdir()
     command = [sys.executable, "-W", "ignore", "-c", program, str(folder / "train")]
     ended = subprocess.run(
         command, stdout=subprocess.PIPE, env={**os.environ, "TMPDIR": str(scratch)}, text=True, check=True
     )
-    return ended.stdout, scratch
+    return ended.stdout
 
 
-def test_the_trainer_cleans_up_after_workers_that_are_killed(tmp_path: Path) -> None:
+def test_the_trainer_cleans_up_after_workers_that_are_killed(tmp_path: Path, scratch: Path) -> None:
     """They cannot themselves; what they shared goes when the trainer ends."""
     write(str(tmp_path / "train"), range(200))
     scratch = tmp_path / "tmp"
@@ -120,7 +125,31 @@ os._exit(0)  # its folder stays
 """
 
 
-def test_a_launchers_folder_is_left_alone(tmp_path: Path) -> None:
+def test_a_launchers_folder_is_left_alone(tmp_path: Path, scratch: Path) -> None:
     """Trainers that multiprocessing started share a folder with their launcher, and with each other: it is not ours."""
-    ended, scratch = run(LAUNCHER, tmp_path)
+    ended = run(LAUNCHER, tmp_path, scratch)
     assert [f"{folder} [-9, -9]\n" for folder in scratch.iterdir()] == [ended]
+
+
+def test_a_long_tmpdir_is_no_obstacle(tmp_path: Path) -> None:
+    """Sockets lie elsewhere then; what cannot be made would not be told, and the trainer wait for ever."""
+    scratch = tmp_path / ("x" * 80)
+    scratch.mkdir()
+    program = TRAINER.replace("sys.stdin.read()", "sys.exit()")
+    assert run(program, tmp_path, scratch) == "[0, 1]\n"
+
+
+UNSENDABLE: Final = """
+import sys, threading
+import streamshards as ss
+dataset = ss.StreamingDataset(sys.argv[1], batch_size=2, batch_transform=lambda batch: {"lock": threading.Lock()})
+try:
+    next(iter(ss.StreamingDataLoader(dataset, num_workers=1, multiprocessing_context="fork")))
+except (ss.StreamShardsError, RuntimeError) as error:
+    print("ended with exit code 1" in str(error) or "exited unexpectedly" in str(error))
+"""
+
+
+def test_a_batch_that_cannot_be_sent_is_an_error(tmp_path: Path, scratch: Path) -> None:
+    """And not one that the trainer waits for for ever."""
+    assert run(UNSENDABLE, tmp_path, scratch) == "True\n"
