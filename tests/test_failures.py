@@ -516,8 +516,8 @@ def test_eight_sources_ask_a_dead_endpoint_like_one(world: World) -> None:
 def hedged(world: World) -> StreamingDataset:
     """Return a dataset that may make second requests, its budget earned in an epoch without faults."""
     dataset = world.open("raise", replace(RETRY, hedge_s=0.2))
-    dataset._kept = circuit_of(dataset._store, dataset._clock)  # type: ignore[attr-defined]  # the budget is kept with it
-    while dataset._kept._saved_hedges < 1:  # type: ignore[attr-defined]
+    dataset._kept_circuit = circuit_of(dataset._store, dataset._clock)  # type: ignore[attr-defined]  # the budget is kept with it
+    while dataset._kept_circuit._saved_hedges < 1:  # type: ignore[attr-defined]
         check_samples(world, watched(lambda: list(dataset)))
         dataset.set_epoch(0)
     return dataset

@@ -59,7 +59,7 @@ CASES: Final = (
     Case("index/key-twice*", "two values for one key", "IndexInvalid", "a key stands twice"),
     Case("index/bomb.json.zst", "1.5 GiB in 49 KB, no size told", "IndexInvalid", "inflates to more than the"),
     Case("index/bomb-declared*", "a declared size of 10 GB", "IndexInvalid", "inflates to 10,000,000,000 bytes"),
-    Case("index/bomb-of-*", "200 MiB of spaces, 128 MiB of brackets", "IndexInvalid", "not JSON"),
+    Case("index/bomb-of-*", "200 MiB of spaces, 128 MiB of brackets", "IndexInvalid", "inflates to"),
     Case("index/cut*", "a cut frame", "IndexInvalid", "truncated"),
     Case("index/utf16*", "JSON in UTF-16", "rows"),
     Case("index/nested*", "30,000 lists, 10,000 objects in each other", "IndexInvalid", "recursion depth"),
