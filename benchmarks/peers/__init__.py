@@ -7,8 +7,8 @@ A peer is a module with two functions, written as its own documentation recommen
 
 ``loader(reading)``
     Return an object; each ``iter()`` of it is one epoch, of batches. A batch is a dict with the workload's fields: the
-    fixed ones as torch tensors ``(batch, ...)``; of the ragged workload ``tokens`` as int32 ``(batch, longest)``, padded
-    with zeros, and ``lengths`` as int64 ``(batch,)``; ``text`` and ``meta`` as lists of str and of decoded JSON.
+    fixed ones as torch tensors ``(batch, ...)``; of the ragged workload ``tokens`` as int32 ``(batch, longest)``,
+    padded with zeros, and ``lengths`` as int64 ``(batch,)``; ``text`` and ``meta`` as lists of str and of decoded JSON.
 
 The modules import their library only there and inside functions, so that the runner, which has none of them, can read
 this table.
