@@ -15,6 +15,7 @@ import dataclasses
 import datetime
 import json
 import os
+import re
 import shlex
 import shutil
 import signal
@@ -379,7 +380,7 @@ def reason(said: str) -> str:
     """Return the line of a traceback that names the error."""
     errors = [line.strip() for line in said.splitlines() if line and not line[0].isspace() and ": " in line]
     named = [line for line in errors if line.split(":")[0].rsplit(".", 1)[-1].endswith(("Error", "Exception", "Exit"))]
-    return (named or errors or [""])[-1][:200]
+    return re.sub(r"/\S+/", "…/", (named or errors or [""])[-1])[:200]  # no places of this machine in a recording
 
 
 def _end(survivors: Any) -> None:

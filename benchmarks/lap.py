@@ -83,6 +83,7 @@ def read(
     os.sched_setaffinity(0, sorted(os.sched_getaffinity(0))[:threads])
     reading = Reading(**options | {"scratch": Path(options["scratch"]), "names": tuple(options["names"])})
     module = peers.module_of(peer)  # what everybody pays for once: torch and the library are imported
+    getattr(module, "prepare", lambda: None)()
     base = memory(os.getpid())
     since = time.monotonic()
     loader, first = _first(lambda: module.loader(_fresh(reading, "first")), max_s)

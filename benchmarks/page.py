@@ -52,8 +52,12 @@ METHOD = """
 
 One machine, few cores, no GPU, small data. The order is not compared: a shuffle buffer of 1,000 samples, a
 permutation of files and a full permutation are all "on". Neither are checksums: streamshards verifies every shard
-in these numbers, most peers verify nothing. Ray's cluster starts inside its first batch, and its workers are its
+in these numbers, most peers verify nothing. Ray's processes start before the clock runs, and its workers are its
 own: it has one row. S3 through curl is WebDataset's way; `aws s3 cp` would start a Python for each shard.
+
+Three peers are helped along. LitData is allowed endpoints without TLS, which it refuses as installed. The 5 s that HF
+datasets sleep at the end of every epoch are turned off. MosaicML imports torchvision, whose operators do not load
+beside a CPU build of torch; they are declared, and not used.
 
 ```sh
 make bench-peers                                                     # everything

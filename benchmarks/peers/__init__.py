@@ -10,6 +10,8 @@ A peer is a module with two functions, written as its own documentation recommen
     fixed ones as torch tensors ``(batch, ...)``; of the ragged workload ``tokens`` as int32 ``(batch, longest)``,
     padded with zeros, and ``lengths`` as int64 ``(batch,)``; ``text`` and ``meta`` as lists of str and of decoded JSON.
 
+``prepare()``, if it is there, starts what a peer needs once on a machine; it is not timed.
+
 The modules import their library only there and inside functions, so that the runner, which has none of them, can read
 this table.
 """

@@ -35,18 +35,17 @@ def _stored(values: Any) -> Any:
     return pa.array(values)
 
 
+def prepare() -> None:
+    """Start its processes."""
+    cores = len(os.sched_getaffinity(0))
+    ray.init(num_cpus=cores, include_dashboard=False, log_to_driver=False, logging_level="error")
+    ray.data.DataContext.get_current().enable_progress_bars = False
+
+
 class Loader:
     """Batches of a dataset that is read anew in each pass."""
 
     def __init__(self, reading: Reading) -> None:
-        if not ray.is_initialized():
-            ray.init(
-                num_cpus=len(os.sched_getaffinity(0)),
-                include_dashboard=False,
-                log_to_driver=False,
-                logging_level="error",
-            )
-            ray.data.DataContext.get_current().enable_progress_bars = False
         self._reading = reading
         self._ragged = reading.workload == "ragged"
         self._shuffle: dict[str, Any] = {"local_shuffle_buffer_size": SHUFFLE_BUFFER} if reading.shuffle else {}
