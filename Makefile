@@ -2,6 +2,7 @@
 
 PYTHON ?= python3
 VENV ?= .venv
+PEERS ?= .venv-peers
 OUT ?= demo-out
 SECONDS ?= 600
 # Two processes, each a file at a time: much of what the tests do is waiting for processes and servers of their own.
@@ -14,10 +15,10 @@ PIP_INSTALL := $(BIN)/python -m pip install -qq --disable-pip-version-check
 # Code in the documents is laid out by hand, to be read beside its comments.
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test lint types bench soak fuzz clean
+.PHONY: help setup demo test lint types bench bench-peers soak fuzz clean
 
 help: ## list these words
-	@sed -n 's/^\([a-z]*\):.*## \(.*\)/  make \1\t\2/p' $(MAKEFILE_LIST) | expand -t 14
+	@sed -n 's/^\([a-z-]*\):.*## \(.*\)/  make \1\t\2/p' $(MAKEFILE_LIST) | expand -t 14
 
 setup: $(READY) ## create .venv and install the package in it; done once, again when the pins change
 
@@ -37,7 +38,10 @@ types: setup ## mypy, strict
 	@$(BIN)/python -m mypy
 
 bench: setup ## measure, side by side with pure zstd decoding
-	@$(BIN)/python benchmarks/run.py
+	@$(BIN)/python benchmarks/run.py $(BENCH_ARGS)
+
+bench-peers: setup $(PEERS)/common/.ready $(PEERS)/mosaicml/.ready ## measure beside other loaders, each in a pinned environment
+	@$(BIN)/python benchmarks/compare.py --environments $(PEERS) $(BENCH_ARGS)
 
 soak: setup ## kill and resize real trainers; then 10 minutes of faults, kills and a full disk; every sample is checked
 	@$(BIN)/python -m tests.soak --chains 30 --seconds 180
@@ -47,7 +51,7 @@ fuzz: setup ## feed mutated shards, indexes, cache entries, foreign files and st
 	@$(BIN)/python -m tests.fuzz --seconds $(SECONDS)
 
 clean: ## remove everything these words made
-	rm -rf $(VENV) $(OUT) build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	rm -rf $(VENV) $(PEERS) $(OUT) build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +
 
 # The stamp is written last: an interrupted setup is done again, a finished one costs nothing.
@@ -63,6 +67,12 @@ $(READY): pyproject.toml constraints.txt
 	@$(PIP_INSTALL) -c constraints.txt -e ".[dev,demo]"
 	@touch $@
 	@echo "make setup: $(VENV) is ready, `$(BIN)/python -V`, torch `$(BIN)/python -c 'import importlib.metadata as m; print(m.version("torch"))'`"
+
+$(PEERS)/%/.ready: benchmarks/peers/requirements/%.txt
+	@echo "make bench-peers: installing the peers into $(PEERS)/$* (minutes, once)"
+	@$(PYTHON) -m venv $(PEERS)/$*
+	@$(PEERS)/$*/bin/python -m pip install -qq --disable-pip-version-check -r $<
+	@touch $@
 
 # Reached only when ruff, mypy and pytest were all content; the numbers are pytest's own.
 define SUMMARY

@@ -82,19 +82,19 @@ def main() -> None:
     signal.signal(signal.SIGTERM, lambda *_: sys.exit("terminated"))
     size = 128 * MIB if options.quick else 1024 * MIB
     plan = Plan(
-        raw_bytes=size, repetitions=3 if options.quick else 5, passes=2, threads=min(options.threads, _usable_cores())
+        raw_bytes=size, repetitions=3 if options.quick else 5, passes=2, threads=min(options.threads, usable_cores())
     )
     console = Console(width=None if sys.stdout.isatty() else 120, highlight=False)
     machine = describe_machine(plan)
     console.print(*(f"[dim]{name:>12}[/] {value}" for name, value in machine.items()), sep="\n")
-    with _folder(options.cache) as cache:
+    with folder_or_temporary(options.cache) as cache:
         folders = {name: generate(name, cache, plan) for name in options.only}
         local = {name: measure_local(name, folder, plan) for name, folder in folders.items()}
         console.print(local_table(local, plan))
         on_s3 = {} if options.no_s3 else measure_s3({k: v for k, v in folders.items() if k in ON_S3}, local, plan)
         if on_s3:
             console.print(s3_table(on_s3, local, plan))
-    machine["load, end"] = _load() + " (our own processes, and whatever else ran)"
+    machine["load, end"] = load_average() + " (our own processes, and whatever else ran)"
     console.print(f"[dim]{'load, end':>12}[/] {machine['load, end']}")
     if options.record:
         path = record(options.record, machine, plan, local, on_s3)
@@ -266,15 +266,21 @@ def _decode_rows(m: Measured) -> dict[str, str]:
 # -- where, and what with ----------------------------------------------------------------------------------------------
 
 
-def describe_machine(plan: Plan) -> dict[str, str]:
-    """Return what a reader must know to judge or repeat the numbers."""
+def describe_host() -> dict[str, str]:
+    """Return what a reader must know of the machine and the versions."""
     packages = ", ".join(f"{name} {_version(name)}" for name in PACKAGES)
-    cores = f"{_usable_cores()} of {os.cpu_count()} cores"
+    cores = f"{usable_cores()} of {os.cpu_count()} cores"
     return {
         "machine": f"{_cpu_model()}, {cores}, {_memory_gb()} GB, {platform.platform()}",
-        "load, start": _load() + " (over 1, 5, 15 minutes)",
+        "load, start": load_average() + " (over 1, 5, 15 minutes)",
         "python": f"{platform.python_implementation()} {platform.python_version()}, {packages}",
         "commit": _commit(),
+    }
+
+
+def describe_machine(plan: Plan) -> dict[str, str]:
+    """Return what a reader must know to judge or repeat the numbers."""
+    return describe_host() | {
         "command": shlex.join(["python", *sys.argv]),
         "measured": f"{plan.raw_bytes // MIB:,} MiB a workload, {plan.repetitions} runs of {plan.passes} epochs on "
         f"{plan.threads} cores, each in a fresh process",
@@ -303,7 +309,8 @@ def say(text: str) -> None:
 
 
 @contextlib.contextmanager
-def _folder(cache: Path | None) -> Iterator[Path]:
+def folder_or_temporary(cache: Path | None) -> Iterator[Path]:
+    """Yield the folder for the data: a given one stays, a temporary one goes."""
     if cache is None:
         with tempfile.TemporaryDirectory(prefix="streamshards-bench-") as folder:
             yield Path(folder)
@@ -312,7 +319,8 @@ def _folder(cache: Path | None) -> Iterator[Path]:
         yield cache
 
 
-def _usable_cores() -> int:
+def usable_cores() -> int:
+    """Return how many cores this process may use."""
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
@@ -336,7 +344,8 @@ def _commit() -> str:
         return "unknown"
 
 
-def _load() -> str:
+def load_average() -> str:
+    """Return how many threads wanted a core, over 1, 5 and 15 minutes."""
     return " ".join(f"{load:.2f}" for load in os.getloadavg())
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 import multiprocessing
 import os
+import tempfile
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager
 from pathlib import Path
@@ -81,3 +82,10 @@ def store_url(request: pytest.FixtureRequest, tmp_path: Path) -> StoreUrl:
         return StoreUrl(f"memory://store-{os.getpid()}-{next(_number)}", None)
     server: S3Server = request.getfixturevalue(f"{kind}_server")
     return StoreUrl(f"s3://{BUCKET}/test-{next(_number)}", server.storage_options)
+
+
+@pytest.fixture
+def scratch() -> Iterator[Path]:
+    """A folder for temporary files whose name is short: a socket's path has at most 107 bytes."""
+    with tempfile.TemporaryDirectory(dir="/tmp") as folder:
+        yield Path(folder)

@@ -6,8 +6,6 @@ import os
 import resource
 import subprocess
 import sys
-import tempfile
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Final
 
@@ -29,13 +27,6 @@ for batch in loader:
     print(batch["id"].tolist(), flush=True)
     sys.stdin.read()
 """
-
-
-@pytest.fixture
-def scratch() -> Iterator[Path]:
-    """A folder for temporary files whose name is short: a socket's path has at most 107 bytes."""
-    with tempfile.TemporaryDirectory(dir="/tmp") as folder:
-        yield Path(folder)
 
 
 @pytest.mark.parametrize("descriptors", [0, 1100])

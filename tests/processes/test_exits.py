@@ -48,13 +48,13 @@ if __name__ == "__main__":
         (2, "spawn", "held"),
     ],
 )
-def test_the_interpreter_ends_in_silence(url: str, tmp_path: Path, num_workers: int, context: str, how: str) -> None:
+def test_the_interpreter_ends_in_silence(
+    url: str, tmp_path: Path, scratch: Path, num_workers: int, context: str, how: str
+) -> None:
     """After break, sys.exit or an exception, or while a global holds the iterator: stderr has the exception at most."""
     script = tmp_path / "script.py"
     script.write_text(SCRIPT)
-    folder = tmp_path / "tmp"
-    folder.mkdir()
-    environment = {**os.environ, "PYTHONPATH": str(ROOT), "PYTHONWARNINGS": "ignore", "TMPDIR": str(folder)}
+    environment = {**os.environ, "PYTHONPATH": str(ROOT), "PYTHONWARNINGS": "ignore", "TMPDIR": str(scratch)}
     command = [sys.executable, str(script), url, str(num_workers), context, how]
     done = subprocess.run(
         command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=ENDS_S, check=False
@@ -66,4 +66,4 @@ def test_the_interpreter_ends_in_silence(url: str, tmp_path: Path, num_workers: 
         assert done.stderr.endswith("LookupError: of the trainer's own\n")
     else:
         assert done.stderr == ""
-    assert list(folder.iterdir()) == []
+    assert list(scratch.iterdir()) == []

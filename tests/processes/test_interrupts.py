@@ -109,11 +109,11 @@ def _interrupted_to_death(channel: Connection, url: str, num_workers: int, folde
 
 
 @pytest.mark.parametrize("num_workers", [0, 2])
-def test_ctrl_c_ends_the_trainer_and_all_it_started(url: str, num_workers: int, tmp_path: Path) -> None:
+def test_ctrl_c_ends_the_trainer_and_all_it_started(url: str, num_workers: int, scratch: Path) -> None:
     """SIGINT to the group, and nobody catches it: a KeyboardInterrupt ends the trainer; no process, no file is left."""
     told, tell = multiprocessing.get_context("forkserver").Pipe(duplex=False)
     before = set(os.listdir("/dev/shm"))
-    with session(_interrupted_to_death, url, num_workers, str(tmp_path), tell) as trainer:
+    with session(_interrupted_to_death, url, num_workers, str(scratch), tell) as trainer:
         for _ in range(max(1, num_workers)):
             assert told.poll(60)
             told.recv()
@@ -122,7 +122,7 @@ def test_ctrl_c_ends_the_trainer_and_all_it_started(url: str, num_workers: int, 
         trainer.signal_group(signal.SIGINT)
         assert trainer.receive() == "interrupted"
         assert trainer.end() == 1
-    assert list(tmp_path.iterdir()) == []
+    assert list(scratch.iterdir()) == []
     ours = [name for name in set(os.listdir("/dev/shm")) - before if any(f"_{pid}_" in name for pid in pids)]
     assert ours == []
 
