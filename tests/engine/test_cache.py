@@ -75,9 +75,18 @@ def opened(path: Path, digest: str, *, max_raw_bytes: int = ENDLESS, keep_open: 
     return RawFile(descriptor, name="entry", digest=digest, max_raw_bytes=max_raw_bytes, open_again=again)
 
 
-def num_descriptors() -> int:
-    gc.collect()  # those that other tests have left to it
-    return len(os.listdir("/proc/self/fd")) if sys.platform == "linux" else 0
+def num_descriptors(folder: Path) -> int:
+    """Return how many files below *folder* this process has open; others come and go with what other tests left."""
+    gc.collect()
+    fds = Path("/proc/self/fd")
+    return sum(is_below(fd, folder) for fd in fds.iterdir()) if fds.exists() else 0
+
+
+def is_below(descriptor: Path, folder: Path) -> bool:
+    try:
+        return os.readlink(descriptor).startswith(f"{folder}/")
+    except FileNotFoundError:  # the one that lists them
+        return False
 
 
 def test_a_raw_file_reads_like_the_shard(tmp_path: Path, shard: tuple[bytes, str]) -> None:
@@ -117,7 +126,7 @@ def test_every_damaged_byte_is_noticed(tmp_path: Path, shard: tuple[bytes, str],
     good = raw_bytes(tmp_path, shard)
     path = tmp_path / "damaged"
     rng = random.Random(5)
-    before = num_descriptors()
+    before = num_descriptors(tmp_path)
     places = [*range(300), *(rng.randrange(len(good)) for _ in range(300)), len(good) - 1]
     damaged = [good[:at] + bytes([good[at] ^ (1 << rng.randrange(8))]) + good[at + 1 :] for at in places]
     damaged += [good[:length] for length in [*range(100), *(rng.randrange(len(good)) for _ in range(100))]]
@@ -129,7 +138,7 @@ def test_every_damaged_byte_is_noticed(tmp_path: Path, shard: tuple[bytes, str],
     path.write_bytes(good)
     with pytest.raises(ShardCorrupt, match="it holds shard"):
         opened(path, "0" * 32)
-    assert num_descriptors() == before
+    assert num_descriptors(tmp_path) == before
 
 
 def big_shard() -> tuple[bytes, str]:
@@ -144,17 +153,17 @@ def test_a_large_file_is_read_in_place_and_closed_with_its_reader(tmp_path: Path
     data, digest = big_shard()
     stored = raw_bytes(tmp_path, (data, digest))
     assert len(stored) > 10 * MiB
-    before = num_descriptors()
+    before = num_descriptors(tmp_path)
     file = opened(tmp_path / "raw", digest)
     file.verify()
-    assert num_descriptors() == before + 1
+    assert num_descriptors(tmp_path) == before + 1
     (tmp_path / "raw").unlink()
     reader = PayloadShard(file, name="shard", is_decoded=True)
     expected = FramedShard(data, name="shard", max_raw_bytes=ENDLESS).columns()
     got = reader.columns()
     assert all(torch.equal(got.data[path].values, column.values) for path, column in expected.data.items())
     del reader, file
-    assert num_descriptors() == before
+    assert num_descriptors(tmp_path) == before
 
 
 def test_a_file_that_is_cut_under_its_reader_is_replaced_by_the_store(tmp_path: Path) -> None:
@@ -205,7 +214,7 @@ def name_of(number: int) -> str:
 def test_an_entry_is_there_whole_or_not_at_all(tmp_path: Path) -> None:
     """While it is written nothing is to be seen; after an exception nothing is left, not even a descriptor."""
     folder = folder_of(tmp_path)
-    before = num_descriptors()
+    before = num_descriptors(tmp_path)
     with folder.writing("aa", 5) as (descriptor, _):
         write_all(descriptor, b"12")
         assert folder.open("aa") is None
@@ -216,7 +225,7 @@ def test_an_entry_is_there_whole_or_not_at_all(tmp_path: Path) -> None:
         raise ZeroDivisionError
     assert names(folder) == {"aa"}
     assert os.listdir(home(tmp_path) / FORMAT / "new") == []
-    assert num_descriptors() == before
+    assert num_descriptors(tmp_path) == before
 
 
 def test_only_the_user_may_enter(tmp_path: Path) -> None:
@@ -627,12 +636,12 @@ def test_more_open_entries_than_descriptors(
     """Beyond a number of them, entries are opened for each read; all descriptors are given back."""
     monkeypatch.setattr("streamshards.engine.cache._MAX_OPEN", 2)
     cached = Cached(good, folder_of(tmp_path), "raw")
-    before = num_descriptors()
+    before = num_descriptors(tmp_path)
     readers = [cached.fetcher.fetch(shard) for shard in range(NUM_SHARDS)]
-    assert num_descriptors() == before + 2
+    assert num_descriptors(tmp_path) == before + 2
     assert rows_of(readers) == list(range(ROWS * NUM_SHARDS))
     del readers
-    assert num_descriptors() == before
+    assert num_descriptors(tmp_path) == before
 
 
 def test_an_entry_that_fails_after_its_dataset_was_replaced_is_told_as_such(

@@ -510,7 +510,7 @@ def test_two_hundred_abandoned_iterators(url: str) -> None:
     del iterator
     until(lambda: not engine_threads())
     gc.collect()
-    assert num_descriptors() == before
+    assert num_descriptors() <= before  # what other tests left may go meanwhile
 
 
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork")
