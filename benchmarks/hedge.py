@@ -51,7 +51,7 @@ def epoch(proxy: FaultProxy, seed: int, hedge_s: float | None) -> tuple[float, i
     proxy.forget()
 
     def script(request: Request) -> Late | None:
-        return late(request) if request.key.endswith(".pt.zst") else None  # type: ignore[return-value]
+        return late(request) if request.key.endswith(".pt.zst") else None  # type: ignore[return-value]  # any fault will do
 
     proxy.script = script
     dataset = StreamingDataset(

@@ -34,7 +34,7 @@ def test_the_quickstart(here: Path) -> None:
     assert len([line for line in code.splitlines() if line.strip()]) <= 13
     names: dict[str, object] = {}
     exec(code, names)
-    assert names["ckpt"]["position"] == 256  # type: ignore[index]
+    assert names["ckpt"]["position"] == 256  # type: ignore[index]  # JSON
 
 
 def test_usage(here: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -517,7 +517,7 @@ def hedged(world: World) -> StreamingDataset:
     """Return a dataset that may make second requests, its budget earned in an epoch without faults."""
     dataset = world.open("raise", replace(RETRY, hedge_s=0.2))
     dataset._kept_circuit = circuit_of(dataset._store, dataset._clock)  # type: ignore[attr-defined]  # the budget is kept with it
-    while dataset._kept_circuit._saved_hedges < 1:  # type: ignore[attr-defined]
+    while dataset._kept_circuit._saved_hedges < 1:  # type: ignore[attr-defined]  # ours
         check_samples(world, watched(lambda: list(dataset)))
         dataset.set_epoch(0)
     return dataset

@@ -16,8 +16,8 @@ _vision = torch.library.Library("torchvision", "FRAGMENT")
 for _name in ("nms", "qnms"):
     _vision.define(f"{_name}(Tensor dets, Tensor scores, float iou_threshold) -> Tensor")
 
-from streaming import MDSWriter, StreamingDataset  # noqa: E402
-from streaming.base.util import clean_stale_shared_memory  # noqa: E402
+from streaming import MDSWriter, StreamingDataset  # noqa: E402 - after what it needs declared
+from streaming.base.util import clean_stale_shared_memory  # noqa: E402 - the same
 
 COLUMNS = {
     "images": {"image": "ndarray:uint8:3,96,96", "label": "int"},

@@ -277,7 +277,7 @@ class Fetcher:
         except (ShardCorrupt, StoreError) as error:
             if is_hopeless(error):
                 raise
-            self._emit(FetchRetried(self.url_of(shard), 1, 0.0, f"{error}; now the whole shard is asked for"))
+            self._tell_whole(shard, error)
             if isinstance(error, StoreError) and not isinstance(error, ObjectMissing):
                 self._refusals += 1
                 if self._refusals >= _MAX_REFUSALS:
@@ -287,8 +287,11 @@ class Fetcher:
             self._under_way.pop(shard, None)
 
     def _whole_instead(self, shard: int, cause: ShardCorrupt) -> FrameReader:
-        self._emit(FetchRetried(self.url_of(shard), 1, 0.0, f"{cause}; now the whole shard is asked for"))
+        self._tell_whole(shard, cause)
         return self._from_store(shard)
+
+    def _tell_whole(self, shard: int, cause: Exception) -> None:
+        self._emit(FetchRetried(self.url_of(shard), 1, 0.0, f"{cause}; now the whole shard is asked for"))
 
     def _from_store(self, shard: int) -> FrameReader:
         """Return the whole shard, after what we had of it failed while it was read."""

@@ -69,7 +69,7 @@ def end_if_a_batch_is_lost() -> None:
         os._exit(1)
 
     # Made for overriding, says multiprocessing; a queue looks it up when it first sends something.
-    multiprocessing.queues.Queue._on_queue_feeder_error = staticmethod(give_up)  # type: ignore[attr-defined]
+    multiprocessing.queues.Queue._on_queue_feeder_error = staticmethod(give_up)  # type: ignore[attr-defined]  # private
 
 
 def end_with_parent() -> None:

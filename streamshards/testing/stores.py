@@ -126,7 +126,7 @@ class FaultyStore:
         self._script = script
         self._lock = threading.Lock()
         if getattr(store, "get_range", None) is None:  # then neither have we: objects are read whole
-            self.get_range = None  # type: ignore[assignment, method-assign]
+            self.get_range = None  # type: ignore[assignment, method-assign]  # as if it had none
 
     def __repr__(self) -> str:
         return f"FaultyStore({self._store!r}, {len(self.gets)} gets)"

@@ -164,4 +164,4 @@ def test_an_index_cannot_ask_for_trust(tmp_path: Path) -> None:
     write(str(tmp_path), range(3))
     assert "trust" not in (tmp_path / "index.json").read_text()
     with pytest.raises(TypeError):
-        StreamingDataset(str(tmp_path), unpickle=True)  # type: ignore[call-arg]
+        StreamingDataset(str(tmp_path), unpickle=True)  # type: ignore[call-arg]  # that is the test

@@ -16,9 +16,9 @@ import pytest
 BENCHMARKS = Path(__file__).parent.parent.parent / "benchmarks"
 sys.path.append(str(BENCHMARKS))
 
-from contents import Contents  # noqa: E402
-from page import METHOD, page  # noqa: E402
-from peers import PEERS  # noqa: E402
+from contents import Contents  # noqa: E402 - benchmarks/ is on the path only now
+from page import METHOD, page  # noqa: E402 - the same
+from peers import PEERS  # noqa: E402 - the same
 
 if sys.platform != "linux":
     pytest.skip("the comparison reads /proc: it runs on Linux only", allow_module_level=True)

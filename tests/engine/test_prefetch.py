@@ -380,7 +380,9 @@ def test_a_slow_read_tells_attempt_and_cause() -> None:
             told.append(event)
             answer.set()
 
-    script = lambda _key, number: Block(answer, entered) if number == 2 else UNAVAILABLE if number < 2 else None  # noqa: E731
+    def script(_key: str, number: int) -> Any:
+        return Block(answer, entered) if number == 2 else UNAVAILABLE if number < 2 else None
+
     stream = rig_of(script, slow_s=1e-3, on_event=observe, threads=1).stream()
     watched(stream.next)
     assert (told[0].doing, told[0].cause) == ("asked 0 s ago", "get failed: scripted")

@@ -39,7 +39,7 @@ class Asked(MemoryStore):
 class Whole(MemoryStore):
     """A store from before there were ranges."""
 
-    get_range = None  # type: ignore[assignment]
+    get_range = None  # type: ignore[assignment]  # as if it had none
 
 
 @pytest.fixture(scope="module")

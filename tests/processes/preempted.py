@@ -40,7 +40,7 @@ def main(url: str, folder: str) -> None:
             if len(seen) == last_step:
                 break
             if len(seen) == 4 and rank == 0:
-                print("ready", os.getpid(), flush=True)  # noqa: T201
+                print("ready", os.getpid(), flush=True)  # noqa: T201 - the parent reads it
     Path(folder, f"{rank}.json").write_text(json.dumps([seen, loader.state_dict()]))
     dist.barrier()
     dist.destroy_process_group()

@@ -246,7 +246,7 @@ class Life(cluster.Life):
         os.environ["TMPDIR"] = str(self.scratch)
         tempfile.tempdir = None
         # The fork server's children are told to use the judge's folder; a trainer of a user's has one of its own.
-        multiprocessing.current_process()._config.pop("tempdir", None)  # type: ignore[attr-defined]
+        multiprocessing.current_process()._config.pop("tempdir", None)  # type: ignore[attr-defined]  # private
         descriptor = os.open(self.events(rank), os.O_WRONLY | os.O_APPEND | os.O_CREAT)
         global _events
         _events = descriptor
