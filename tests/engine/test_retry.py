@@ -184,7 +184,10 @@ def test_with_a_faulty_store() -> None:
     """Two outages, then the object; a missing or denied one is not asked for again."""
     clock = FakeClock()
     store = FaultyStore(MemoryStore({"a": b"1"}), [UNAVAILABLE, UNAVAILABLE, None, MISSING, DENIED])
-    fetch: Callable[[float], bytes] = lambda timeout_s: store.get("a", timeout_s=timeout_s, max_bytes=1)  # noqa: E731
+
+    def fetch(timeout_s: float) -> bytes:
+        return store.get("a", timeout_s=timeout_s, max_bytes=1)
+
     assert _retry(fetch, clock)[0] == b"1"
     for kind in (ObjectMissing, AccessDenied):
         with pytest.raises(kind):
